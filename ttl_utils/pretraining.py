@@ -1,0 +1,160 @@
+"""Stage 03: a Llama from random weights (paper, sections 3.4 and 3.5)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ttl_utils import carbon
+from ttl_utils.blocks import TokenBlocks, step_indices
+from ttl_utils.checkpoints import save_pretrained
+from ttl_utils.evaluation import perplexity
+from ttl_utils.model import choose_hardware, count_parameters, flops_per_token, new_model
+from ttl_utils.run import Run, Stage
+from ttl_utils.tokenizer import load_tokenizer
+from ttl_utils.training import Loop, Step, train
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def token_blocks(run: Run, side: str) -> TokenBlocks:
+    paths = run.need("02_tokenizer").files("tokens")
+    return TokenBlocks(
+        [path for path in paths if path.name.startswith(f"{side}-")], run.params.model.max_position_embeddings
+    )
+
+
+def block_steps(blocks: TokenBlocks, run: Run) -> Callable[[int, Accelerator], Step]:
+    """Packed blocks as training steps: the data order is a pure function of the seed and the step."""
+    settings, seed = run.params.pretraining, run.params.seed
+
+    def get_step(step: int, accelerator: Accelerator) -> Step:
+        rows = settings.tokens_per_step // blocks.block_size
+        mine = step_indices(seed, step, rows, len(blocks))[accelerator.process_index :: accelerator.num_processes]
+        ids = torch.from_numpy(blocks.batch(mine))
+        micro = ids.split(settings.per_device_train_batch_size)
+        batches = [{"input_ids": part, "labels": part} for part in micro]
+        return Step(batches, targets=rows * (blocks.block_size - 1))
+
+    return get_step
+
+
+@torch.no_grad()
+def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
+    """Greedy continuation of a prompt: no randomness, so that samples of two steps compare."""
+    ids = tokenizer(prompt, return_tensors="pt").to(model.device)
+    made = model.generate(**ids, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(made[0], skip_special_tokens=True)
+
+
+def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) -> Stage:
+    """Make stage 03, from scratch or from the newest whole checkpoint.
+
+    Raises:
+        TTLError: the loss is not a number, the run was interrupted, or no checkpoint is whole.
+    """
+    stage = run.stage("03_pretraining")
+    if stage.reuse():
+        return stage
+    settings = run.params.pretraining
+    # the sessions before this one: a run that was killed has spent energy too
+    earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name)
+    with stage.work() as energy:
+        hardware = choose_hardware(settings)
+        print(hardware)
+        tokens = run.need("02_tokenizer")
+        tokenizer = load_tokenizer(tokens.folder)
+        blocks, held_out = token_blocks(run, "train"), token_blocks(run, "test")
+        text_bytes = tokens.metrics()["test_bytes"]
+        model = new_model(run.params.model, tokenizer, run.params.seed, hardware.attention)
+        samples = stage.folder / "samples.jsonl"
+
+        def evaluate(model: Any, step: int) -> dict:
+            found = perplexity(
+                model,
+                held_out,
+                text_bytes=text_bytes,
+                batch_size=settings.per_device_train_batch_size,
+                max_tokens=settings.eval_tokens,
+            )
+            with samples.open("a", encoding="utf-8") as file:
+                for prompt in settings.prompts:
+                    text = complete(model, tokenizer, prompt, settings.max_new_tokens)
+                    file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+            return {
+                "validation_loss": round(found["loss"], 6),
+                "perplexity": round(found["perplexity"], 4),
+                "bits_per_byte": round(found["bits_per_byte"], 6),
+            }
+
+        records = train(
+            model,
+            tokenizer,
+            block_steps(blocks, run),
+            Loop(
+                settings=settings,
+                hardware=hardware,
+                max_steps=settings.max_steps,
+                folder=stage.folder,
+                energy=energy,
+                energy_before=earlier[0],
+                label="pretraining: steps",
+                eval_steps=settings.eval_steps,
+                evaluate=evaluate,
+                on_record=on_record,
+            ),
+        )
+        if int(os.environ.get("RANK", "0")) == 0:
+            partial = stage.folder / ".model.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            save_pretrained(model, tokenizer, partial)
+            shutil.rmtree(stage.folder / "model", ignore_errors=True)
+            os.replace(partial, stage.folder / "model")
+            energy.sample()
+            outputs = {
+                "model": list((stage.folder / "model").iterdir()),
+                "curve": [stage.folder / "metrics.jsonl"],
+            }
+            stage.finish(_metrics(run, records, energy, earlier, hardware, len(blocks), tokenizer), outputs)
+    return stage
+
+
+def _metrics(
+    run: Run, records: list[dict], energy: Any, earlier: tuple, hardware: Any, blocks: int, tokenizer: Any
+) -> dict:
+    settings, model = run.params.pretraining, run.params.model
+    logged = [row for row in records if "loss" in row]
+    evaluated = [row for row in records if "validation_loss" in row]
+    speeds = sorted(row["tokens_per_second"] for row in logged)
+    seen = records[-1]["tokens"]
+    flops = flops_per_token(model, len(tokenizer))
+    return {
+        "parameters": count_parameters(model, len(tokenizer)),
+        "steps": settings.max_steps,
+        "tokens": seen,
+        "unique_tokens": blocks * model.max_position_embeddings,
+        "epochs": seen / (blocks * model.max_position_embeddings),
+        "train_loss": logged[-1]["loss"],
+        "initial_validation_loss": evaluated[0]["validation_loss"],
+        "uniform_loss": math.log(len(tokenizer)),
+        "validation_loss": evaluated[-1]["validation_loss"],
+        "validation_perplexity": evaluated[-1]["perplexity"],
+        "bits_per_byte": evaluated[-1]["bits_per_byte"],
+        "tokens_per_second": speeds[len(speeds) // 2],
+        "flops_per_second": speeds[len(speeds) // 2] * flops["convention"],
+        "flops_per_token": flops,
+        "energy_kwh": earlier[0] + energy.energy_kwh,
+        "emissions_kg": earlier[1] + energy.emissions_kg,
+        "duration_s": earlier[2] + energy.duration_s,
+        "device": hardware.device,
+        "precision": hardware.precision,
+        "attention": hardware.attention,
+    }

@@ -1,0 +1,411 @@
+"""A run's folders: stages with an identity, reuse, manifests, metrics and provenance."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ttl_utils.errors import DamagedFile, MissingStage, StageConflict, TTLError
+from ttl_utils.params import Params, project_root
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a stage's result depends on: parameter sections, and named outputs of earlier stages."""
+
+    sections: tuple[str, ...]
+    inputs: tuple[str, ...]
+    # a report of what the energy ledger holds: made anew when the ledger has grown, the old one kept aside
+    report: bool = False
+
+
+STAGES = {
+    "01_data": Definition(("data",), ()),
+    "02_tokenizer": Definition(("tokenizer",), ("01_data/corpus",)),
+    "03_pretraining": Definition(("model", "pretraining"), ("02_tokenizer/tokenizer", "02_tokenizer/tokens")),
+    "04_evaluation": Definition(
+        ("evaluation",),
+        ("01_data/corpus", "01_data/downstream", "02_tokenizer/tokens", "03_pretraining/model"),
+    ),
+    "05_chat": Definition(("chat",), ("01_data/chat", "03_pretraining/model")),
+    "06_carbon_report": Definition(("carbon",), ("03_pretraining/curve",), report=True),
+}
+PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "sentencepiece",
+    "accelerate",
+    "lm-eval",
+    "codecarbon",
+    "papermill",
+)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def outputs_folder() -> Path:
+    """`TTL_OUTPUTS`, or `outputs/` of the checkout, or of the working folder where there is no checkout."""
+    if os.environ.get("TTL_OUTPUTS"):
+        return Path(os.environ["TTL_OUTPUTS"]).expanduser().resolve()
+    return (project_root() or Path.cwd()) / "outputs"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): delete it, or restore it from a copy") from None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def code_version() -> dict:
+    """The checkout's commit, and whether its tree was clean; None where there is no git."""
+
+    def git(*arguments: str) -> str | None:
+        root = project_root()
+        if root is None:
+            return None
+        try:
+            done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    changes = git("status", "--porcelain")
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "clean": None if commit is None else changes == ""}
+
+
+def machine() -> dict:
+    import psutil
+
+    found = {
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "python": platform.python_version(),
+    }
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found["processor"] = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return found
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+class Run:
+    """One folder of outputs, made from one set of parameters."""
+
+    def __init__(self, params: Params, _base: bool = False):
+        self.params = params
+        self.name = params.base if _base else params.run_name
+        self.folder = outputs_folder() / self.name
+        self._base = _base
+
+    def stage(self, name: str) -> Stage:
+        return Stage(self, name)
+
+    def stages(self) -> list[Stage]:
+        return [self.stage(name) for name in STAGES]
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures"
+
+    def need(self, name: str) -> Stage:
+        """The stage, finished and whole; otherwise an error that says which command makes it."""
+        stage = self.stage(name)
+        if not stage.finished:
+            raise MissingStage(
+                f"{name} of run {self.name!r} is not finished ({stage.folder}): make it with "
+                f"`ttl run {self._command()} --to {name[:2]}`, or run notebooks/{name}.ipynb first"
+            )
+        return stage
+
+    def _command(self) -> str:
+        size = self.params.size
+        return size if self.name == size else f"{size} --run {self.name}"
+
+    def gather_metrics(self) -> dict:
+        """`metrics.json` of the run: every finished stage's figures under its name."""
+        gathered = {}
+        for stage in self.stages():
+            if stage.finished and (stage.folder / "metrics.json").is_file():
+                gathered[stage.name] = read_json(stage.folder / "metrics.json")
+        write_json(self.folder / "metrics.json", gathered)
+        return gathered
+
+    def record(self) -> None:
+        """`run.json`: code, versions, machine, parameters, and the manifests' times."""
+        stages = {}
+        for stage in self.stages():
+            if stage.finished:
+                manifest = stage.manifest()
+                stages[stage.name] = {key: manifest[key] for key in ("started", "finished", "code")}
+                stages[stage.name]["folder"] = os.path.relpath(stage.folder, self.folder)
+        write_json(
+            self.folder / "run.json",
+            {
+                "run": self.name,
+                "code": code_version(),
+                "versions": versions(),
+                "machine": machine(),
+                "parameters": self.params.values.model_dump(),
+                "stages": stages,
+            },
+        )
+
+
+class Stage:
+    """One folder of a run. It is finished when its `manifest.json` stands, which is written last."""
+
+    def __init__(self, run: Run, name: str):
+        self.run, self.name, self.definition = run, name, STAGES[name]
+        self.folder = run.folder / name
+        self.from_base = False
+        if run.params.base and not run._base and run.params.base != run.name and not self._started(self.folder):
+            other = Run(run.params, _base=True).stage(name)
+            if other.finished and other.manifest()["identity"] == self.identity():
+                self.folder, self.from_base = other.folder, True
+
+    @staticmethod
+    def _started(folder: Path) -> bool:
+        return (folder / "manifest.json").is_file() or (folder / "stage.json").is_file()
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "manifest.json").is_file()
+
+    def manifest(self) -> dict:
+        return read_json(self.folder / "manifest.json")
+
+    def metrics(self) -> dict:
+        return read_json(self.folder / "metrics.json")
+
+    def identity(self) -> dict:
+        """What decides the result: the seed, parameters, and the fingerprints of the inputs."""
+        params = self.run.params
+        identity: dict[str, Any] = {"seed": params.seed}
+        for section in self.definition.sections:
+            identity[section] = getattr(params, section).identity()
+        for name in self.definition.inputs:
+            stage, group = name.split("/")
+            source = self.run.stage(stage)
+            identity[f"input {name}"] = source.manifest()["outputs"][group]["fingerprint"] if source.finished else None
+        if self.definition.report:
+            identity["input energy"] = self.run_ledger_fingerprint()
+        return json.loads(json.dumps(identity))
+
+    def run_ledger_fingerprint(self) -> str | None:
+        """Of what the ledgers hold for the stages before this report."""
+        digest = hashlib.sha256()
+        for name in STAGES:
+            if name == self.name:
+                break
+            ledger = self.run.stage(name).folder.parent / "energy.jsonl"
+            if ledger.is_file():
+                with ledger.open("rb") as file:
+                    for line in file:
+                        if f'"{name}"'.encode() in line:
+                            digest.update(line)
+        return digest.hexdigest()
+
+    def check(self) -> str:
+        """'finished', 'begun' or 'new'; raises StageConflict where the folder holds work of another identity."""
+        state = "finished" if self.finished else "begun" if self._started(self.folder) else "new"
+        if state == "new":
+            return state
+        path = self.folder / ("manifest.json" if self.finished else "stage.json")
+        difference = _difference(read_json(path)["identity"], self.identity())
+        if not difference:
+            return state
+        if self.definition.report:
+            self.set_aside()
+            return "new"
+        raise StageConflict(
+            f"{self.name} of run {self.run.name!r} was {'made' if state == 'finished' else 'begun'} otherwise "
+            f"({self.folder}):\n"
+            + "\n".join(f"  {line}" for line in difference)
+            + f"\nGive this run another name (`run`), or move the old work aside with "
+            f"`ttl run {self.run._command()} --from {self.name[:2]} --force`"
+        )
+
+    def set_aside(self) -> Path | None:
+        """Move the folder to `<stage>.old-N`; nothing is thrown away."""
+        if not self.folder.exists():
+            return None
+        number = 1
+        while (aside := self.folder.with_name(f"{self.name}.old-{number}")).exists():
+            number += 1
+        with self._lock():
+            shutil.move(self.folder, aside)
+        print(f"{self.name}: the earlier folder is kept as {aside.name}")
+        return aside
+
+    def reuse(self) -> bool:
+        """True, with a line that says so, when the stage is finished and its identity fits."""
+        if self.check() != "finished":
+            return False
+        manifest = self.manifest()
+        where = f" of run {self.folder.parent.name!r}" if self.from_base else ""
+        commit = (manifest["code"] or {}).get("commit")
+        other = commit != code_version()["commit"]
+        code = f", made by other code ({(commit or 'unknown')[:10]})" if other else ""
+        print(f"{self.name}{where}: finished {manifest['finished']}, reused{code}")
+        return True
+
+    def _lock(self) -> FileLock:
+        lock = FileLock(self.run.folder / ".locks" / f"{self.name}.lock")
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        return lock
+
+    @contextlib.contextmanager
+    def work(self) -> Iterator[Any]:
+        """Hold the stage's folder while it is made: inputs checked, one process at a time, identity written first.
+
+        Yields the energy tracker, whose ledger is `energy.jsonl` of the run.
+        """
+        from ttl_utils.carbon import track
+
+        for name in self.definition.inputs:
+            stage, group = name.split("/")
+            self.run.need(stage).verify(group)
+        lock = self._lock()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StageConflict(
+                f"{self.name} of run {self.run.name!r} is being made by another process ({self.folder}): "
+                "wait for it to end, or give this run another name (`run`)"
+            ) from None
+        try:
+            state = self.check()
+            if state == "finished":
+                raise StageConflict(f"{self.name} of run {self.run.name!r} was finished by another process just now")
+            if state == "begun":
+                print(f"{self.name}: begun {read_json(self.folder / 'stage.json')['started']}, going on")
+            else:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                write_json(
+                    self.folder / "stage.json",
+                    {"identity": self.identity(), "started": now(), "code": code_version()},
+                )
+            with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
+                yield energy
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise TTLError(
+                f"{self.name}: the disk is full while writing {error.filename or self.folder}; finished work is kept: "
+                "free some space, or set TTL_OUTPUTS to another disk, and run again"
+            ) from error
+        finally:
+            lock.release()
+
+    def finish(self, metrics: dict, outputs: dict[str, Iterable[Path]]) -> None:
+        """Write the figures, then the manifest with a hash of every file that later stages read."""
+        write_json(self.folder / "metrics.json", metrics)
+        groups = {}
+        for group, paths in outputs.items():
+            files = {}
+            for path in sorted(paths):
+                files[path.relative_to(self.folder).as_posix()] = {
+                    "bytes": path.stat().st_size,
+                    "sha256": sha256(path),
+                }
+            digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+            groups[group] = {"fingerprint": digest, "files": files}
+        begun = read_json(self.folder / "stage.json")
+        manifest = {
+            "stage": self.name,
+            "run": self.run.name,
+            "identity": begun["identity"],
+            "code": code_version(),
+            "versions": versions(),
+            "started": begun["started"],
+            "finished": now(),
+            "outputs": groups,
+        }
+        write_json(self.folder / "manifest.json", manifest)
+        (self.folder / "status.json").unlink(missing_ok=True)
+        self.run.gather_metrics()
+        self.run.record()
+
+    def files(self, group: str) -> list[Path]:
+        return [self.folder / name for name in self.manifest()["outputs"][group]["files"]]
+
+    def verify(self, group: str) -> list[Path]:
+        """The group's files, each with the bytes that were written."""
+        for name, expected in self.manifest()["outputs"][group]["files"].items():
+            path = self.folder / name
+            found = path.stat().st_size if path.is_file() else None
+            if found != expected["bytes"] or sha256(path) != expected["sha256"]:
+                state = "missing" if found is None else "damaged"
+                raise DamagedFile(
+                    f"{path} is {state}: it is not what {self.name} wrote. Restore it from a copy, or make the stage "
+                    f"again: delete {self.folder} and run `ttl run {self.run._command()} --from {self.name[:2]}`"
+                )
+        return self.files(group)
+
+
+def _difference(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """Lines 'key: old -> new' for every leaf that differs."""
+    lines = []
+    for key in [*old, *(key for key in new if key not in old)]:
+        left, right = old.get(key), new.get(key)
+        if left == right:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            lines += _difference(left, right, f"{prefix}{key}.")
+        else:
+            shown = (str(left)[:70], str(right)[:70])
+            lines.append(f"{prefix}{key}: {shown[0]} -> {shown[1]}")
+    return lines
