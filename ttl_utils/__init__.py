@@ -1,6 +1,7 @@
 """Shared code of the TeenyTinyLlama reproduction: six notebooks tell the story, this package does the work."""
 
 import os
+import warnings
 
 # libraries announce what a reader of a notebook cannot use; set before any of them is imported
 for _name, _value in {
@@ -10,3 +11,6 @@ for _name, _value in {
     "TOKENIZERS_PARALLELISM": "true",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# progress bars as widgets: a notebook of ours shows one line that updates, and needs no widgets
+warnings.filterwarnings("ignore", message="IProgress not found")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,11 +30,16 @@ if TYPE_CHECKING:
 
 
 def chat_template(settings: Chat) -> str:
-    """The paper's template in Jinja: the user's words between two tokens, each answer closed by `</s>`."""
+    """The paper's template in Jinja: the user's words between two tokens, each answer closed by `</s>`.
+
+    The space before the words is the one that the tokenizer puts before a text, and not after a control token:
+    with it the template gives the ids of `encode`.
+    """
     return (
-        "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
-        f"{{{{ '{settings.user_open}' + message['content'] + '{settings.user_close}' }}}}"
-        "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{{ bos_token }}{% for message in messages %}{% set words = message['content'] | trim %}"
+        "{% if words %}{% set words = ' ' + words %}{% endif %}{% if message['role'] == 'user' %}"
+        f"{{{{ '{settings.user_open}' + words + '{settings.user_close}' }}}}"
+        "{% else %}{{ words + eos_token }}{% endif %}{% endfor %}"
     )
 
 
@@ -50,6 +56,7 @@ class Example:
 
     ids: list[int]
     labels: list[int]
+    cut: bool = False
 
 
 def encode(messages: list[dict], tokenizer: PreTrainedTokenizerBase, settings: Chat, context: int) -> Example | None:
@@ -60,30 +67,32 @@ def encode(messages: list[dict], tokenizer: PreTrainedTokenizerBase, settings: C
     opened, closed = tokenizer.convert_tokens_to_ids([settings.user_open, settings.user_close])
     ids, labels = [tokenizer.bos_token_id], [IGNORED]
     for message in messages:
-        words = tokenizer(message["content"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        text = message["content"].strip()
+        words = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if message["role"] == "user":
             ids += [opened, *words, closed]
             labels += [IGNORED] * (len(words) + 2)
         else:
             ids += [*words, tokenizer.eos_token_id]
             labels += [*words, tokenizer.eos_token_id]
+    cut = len(ids) > context
     ids, labels = ids[:context], labels[:context]
-    return Example(ids, labels) if any(label != IGNORED for label in labels[1:]) else None
+    return Example(ids, labels, cut) if any(label != IGNORED for label in labels[1:]) else None
 
 
 def pack(lengths: Iterable[int], context: int) -> list[list[int]]:
-    """Rows of example indices whose lengths sum to at most `context`: first fit, longest first."""
+    """Rows of example indices whose lengths sum to at most `context`: best fit, longest first."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    # (free, row), sorted: the fullest row with room is found by bisection
+    room: list[tuple[int, int]] = []
     lengths = list(lengths)
     for index in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
-        place = next((n for n, free in enumerate(room) if free >= lengths[index]), None)
-        if place is None:
+        place = bisect_left(room, (lengths[index], 0))
+        free, row = room.pop(place) if place < len(room) else (context, len(rows))
+        if row == len(rows):
             rows.append([])
-            room.append(context)
-            place = len(rows) - 1
-        rows[place].append(index)
-        room[place] -= lengths[index]
+        rows[row].append(index)
+        insort(room, (free - lengths[index], row))
     return rows
 
 
@@ -156,6 +165,8 @@ def answer(
         settings,
         model.config.max_position_embeddings,
     )
+    if example is None:
+        raise TTLError(f"the question is longer than the context of {model.config.max_position_embeddings} tokens")
     ids = torch.tensor([example.ids[:-1]], device=model.device)
     torch.manual_seed(seed)
     made = model.generate(
@@ -197,7 +208,7 @@ def load_examples(run: Run, tokenizer: PreTrainedTokenizerBase, side: str) -> tu
         if example is None:
             counts["nothing learned fits the context"] += 1
             continue
-        counts["cut at the context"] += len(example.ids) == context
+        counts["cut at the context"] += example.cut
         examples.append(example)
     if not examples:
         raise TTLError(f"01_data has no conversation for chat ({side}): give data.sources one with use: chat")
@@ -218,6 +229,10 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
     earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name)
     with stage.work() as energy:
         hardware = choose_hardware(settings)
+        if hardware.attention == "flash_attention_2":
+            # it keeps packed conversations apart at batch size 1 alone, and cannot compute in float32 at all
+            why = "attention: sdpa (FlashAttention 2 would mix the conversations packed in a row)"
+            hardware = replace(hardware, attention="sdpa", reasons=(*hardware.reasons[:2], why))
         print(hardware)
         base = run.need("03_pretraining").folder / "model"
         tokenizer = prepare_chat_tokenizer(load_tokenizer(base), settings)

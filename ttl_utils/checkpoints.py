@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -25,7 +26,7 @@ def step_of(folder: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, oldest first; what is being written or was set aside has another name."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name))
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{7,}", path.name)), key=step_of)
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -47,11 +48,14 @@ def save_checkpoint(
 ) -> Path:
     """Write `step-NNNNNNN/` beside its final place, hash it, and move it there in one step."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     final = folder / f"step-{step:07}"
     partial = folder / f".step-{step:07}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in folder.glob(".step-*.partial"):
+        # what a killed run was writing
+        shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         save_pretrained(model, tokenizer, partial)
@@ -71,20 +75,25 @@ def save_checkpoint(
         write_json(partial / "checkpoint.json", hashes)
         for path in partial.iterdir():
             _sync(path)
+        _sync(partial)
         if final.exists():
             shutil.rmtree(final)
         os.rename(partial, final)
         _sync(folder)
-    except BaseException:
+    except SafetensorError as error:
+        # safetensors hides a full disk in a text of its own
+        full = f"os error {errno.ENOSPC})" in str(error)
+        raise (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) if full else error) from None
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     return final
 
 
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs only what is open for writing
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
@@ -95,7 +104,11 @@ def thin_out(folder: Path, resumable: int) -> None:
     """Drop the optimizer's state of all but the newest `resumable` checkpoints; weights are kept for evaluation."""
     whole = [path for path in list_checkpoints(folder) if (path / OPTIMIZER).is_file()]
     for path in whole[:-resumable]:
-        hashes = json.loads((path / "checkpoint.json").read_text())
+        try:
+            hashes = json.loads((path / "checkpoint.json").read_text())
+        except (OSError, ValueError):
+            # a damaged one is for whoever reads it to report
+            continue
         hashes.pop(OPTIMIZER, None)
         write_json(path / "checkpoint.json", hashes)
         (path / OPTIMIZER).unlink()
@@ -140,17 +153,17 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, device: str) -> dict:
-    """Put weights, optimizer and random state in place; returns `state.json`."""
+def load_checkpoint(path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict:
+    """Put weights, optimizer and random state in place, on the model's device; returns `state.json`."""
     import torch
     from safetensors.torch import load_file, load_model
 
-    load_model(model, path / "model.safetensors", device=device)
-    tensors = load_file(path / OPTIMIZER, device=device)
-    for name, parameter in model.named_parameters():
-        values = {key.rsplit("/", 1)[1]: value for key, value in tensors.items() if key.rsplit("/", 1)[0] == name}
-        if values:
-            optimizer.state[parameter] = values
+    load_model(model, path / "model.safetensors")
+    parameters = dict(model.named_parameters())
+    for key, value in load_file(path / OPTIMIZER).items():
+        name, kind = key.rsplit("/", 1)
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
     randomness = load_file(path / "random.safetensors")
     torch.set_rng_state(randomness["cpu"])
     if "cuda" in randomness and torch.cuda.is_available():

@@ -88,12 +88,13 @@ def _from_hub(row: dict, counts: Counter) -> dict:
     try:
         turns = [turn["content"] for turn in content]
         roles = [turn["role"] for turn in content]
+        text = "\n\n".join(turns)
     except (TypeError, KeyError) as error:
         raise SourceError(f"a conversation is not a list of {{role, content}}: {str(content)[:80]}") from error
     if roles != ["user", "assistant"] * (len(roles) // 2):
         counts["turns do not alternate"] += 1
-        turns = []
-    return {"text": "\n\n".join(turns), "turns": turns, "unit": filters.unit_key(turns[0]) if turns else None}
+        return {"text": "", "turns": []}
+    return {"text": text, "turns": turns, "unit": filters.unit_key(turns[0]) if turns else None}
 
 
 def _kind(source: Source, origin: str | None) -> str:
@@ -106,8 +107,9 @@ def _kind(source: Source, origin: str | None) -> str:
 def prepare_corpus(run: Run) -> Stage:
     """Make stage 01: documents to learn from and to score, as Parquet files by use and side.
 
-    The side of a document is a pure function of the seed and its text (of the tweet, passage or conversation it was
-    made from), so what is scored in any stage is in no training text of any stage.
+    The side of a document is a pure function of the seed and its unit: the text it was made from (a tweet, a passage,
+    a conversation), together with the texts that hold it. So what is scored in any stage is in no training text of any
+    stage. For a set of the hub the unit is the document's text alone, or a conversation's first turn.
 
     Raises:
         SourceError: a source cannot be reached, or its bytes are not the expected ones.
@@ -149,9 +151,12 @@ def _read_source(
     data, rejected, kept = run.params.data, Counter(), Counter()
     left_out: Counter = Counter()
     documents_in = characters_in = 0
+    needed = {"chat": "turns", "downstream": "label"}.get(source.use)
     for row in read_source(source, run, left_out):
         if source.limit and documents_in == source.limit:
             break
+        if needed and needed not in row:
+            raise SourceError(f"source {source.name!r} gives no {needed}, which `use: {source.use}` needs")
         documents_in += 1
         progress.update(before + documents_in, source.name)
         text = filters.clean(row["text"])
@@ -162,8 +167,9 @@ def _read_source(
         if reason is not None:
             rejected[reason] += 1
             continue
-        unit = row.get("unit") or filters.unit_key(text)
-        side = SIDES[filters.is_held_out(unit or text, run.params.seed, data.test_share)]
+        # an empty unit (a tweet without one word) is a unit too: all that is made from it is on one side
+        unit = filters.unit_key(text) if row.get("unit") is None else row["unit"]
+        side = SIDES[filters.is_held_out(unit, run.params.seed, data.test_share)]
         kind = _kind(source, row.get("origin"))
         document: dict[str, Any] = {
             "text": text,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_downstream(item: Downstream, corpus: Stage) -> dict[str, Any]:
-    """{"train": [(text, label)], "test": [...]}; or {"status": "not run", "reason"} where the hub's set cannot be had."""
+    """{"train": [(text, label)], "test": [...]}; {"status": "not run", "reason"} where the hub cannot be reached."""
     if item.source:
         rows = {
             side: [row for row in documents(corpus, "downstream", side) if row["source"] == item.source]
@@ -46,7 +46,7 @@ def load_downstream(item: Downstream, corpus: Stage) -> dict[str, Any]:
     unseen = {label for _, label in data["test"]} - {label for _, label in data["train"]}
     if unseen:
         raise TTLError(
-            f"downstream {item.name!r}: label {sorted(unseen)[0]!r} of the test set is not in the training set"
+            f"downstream {item.name!r}: label {sorted(unseen, key=str)[0]!r} of the test set is not in the training set"
         )
     return data
 

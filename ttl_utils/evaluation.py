@@ -14,6 +14,7 @@ from ttl_utils import checkpoints
 from ttl_utils.blocks import TokenBlocks
 from ttl_utils.corpus import documents
 from ttl_utils.downstream import fine_tune, load_downstream
+from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.harness import run_harness
 from ttl_utils.model import choose_hardware
 from ttl_utils.progress import Progress
@@ -54,10 +55,12 @@ def perplexity(
         if progress:
             progress.update(scored)
     rest = blocks.remainder()
-    if max_tokens is None and len(rest) > 1:
+    if (max_tokens is None or not whole) and len(rest) > 1:
         ids = torch.from_numpy(rest[None]).to(device)
         nats += summed_loss(model, {"input_ids": ids, "labels": ids}).item()
         scored += len(rest) - 1
+    if not scored:
+        raise TTLError(f"there are {blocks.tokens} held-out tokens to score: a larger data.test_share, or more text")
     loss = nats / scored
     return {
         "loss": loss,
@@ -109,8 +112,8 @@ def over_checkpoints(run: Run, stage: Stage, blocks: TokenBlocks, text_bytes: in
     found = checkpoints.list_checkpoints(run.need("03_pretraining").folder / "checkpoints")
     with Progress("checkpoints evaluated", len(found), stage.folder / "status.json") as progress:
         for number, path in enumerate(found):
-            state = json.loads((path / "state.json").read_text())
-            if state["step"] not in known:
+            if checkpoints.step_of(path) not in known and _whole(path):
+                state = json.loads((path / "state.json").read_text())
                 model = load_model(path, hardware)
                 values = perplexity(model, blocks, text_bytes=text_bytes, batch_size=run.params.evaluation.batch_size)
                 energy = {"tokens": state["tokens"], "energy_kwh": state["energy_kwh"]}
@@ -119,6 +122,15 @@ def over_checkpoints(run: Run, stage: Stage, blocks: TokenBlocks, text_bytes: in
                 write_json(cache, rows)
             progress.update(number + 1)
     return rows
+
+
+def _whole(path: Path) -> bool:
+    try:
+        checkpoints.check(path)
+    except DamagedFile as error:
+        print(f"checkpoint {path.name} is not evaluated: {error}")
+        return False
+    return True
 
 
 def evaluate(run: Run) -> Stage:

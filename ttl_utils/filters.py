@@ -11,9 +11,11 @@ from pathlib import Path
 from ttl_utils.params import Filter
 
 # the stop words that FineWeb-2 uses for Portuguese, in the rule of Gopher (Rae et al. 2021)
-STOP_WORDS = frozenset("de a e o em do da que um no uma com para na é foi".split())
+STOP_WORDS = frozenset(
+    ("de", "a", "e", "o", "em", "do", "da", "que", "um", "no", "uma", "com", "para", "na", "é", "foi")
+)
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd]")
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _LINK = re.compile(
@@ -30,8 +32,9 @@ _SYMBOL = re.compile(r"#|\.\.\.|…")
 
 def clean(text: str) -> str:
     """Composed Unicode, no control characters, single spaces, stripped lines, at most one blank line."""
-    text = unicodedata.normalize("NFC", text).replace("\r\n", "\n").replace("\r", "\n")
-    text = _SPACES.sub(" ", _CONTROL.sub("", text))
+    # composed only once the control characters are gone: one may stand between a letter and its accent
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
+    text = _SPACES.sub(" ", text)
     return _BLANK_LINES.sub("\n\n", "\n".join(line.strip() for line in text.split("\n"))).strip()
 
 

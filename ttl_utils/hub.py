@@ -27,6 +27,7 @@ def load(dataset: str, config: str | None, split: str, revision: str | None = No
         SourceError: the hub cannot be reached, the set is gated or missing, or it has no such split; what to do.
     """
     import datasets
+    from huggingface_hub.errors import HTTPError
 
     folder = mirrored(dataset)
     advice = "or set TTL_MIRROR to a folder that holds it as <owner>/<name>"
@@ -34,9 +35,9 @@ def load(dataset: str, config: str | None, split: str, revision: str | None = No
         _check_reachable(dataset, revision, advice)
     try:
         if folder is not None:
-            return datasets.load_dataset(str(folder), split=split, streaming=streaming)
+            return datasets.load_dataset(str(folder), config, split=split, streaming=streaming)
         return datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=streaming)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, HTTPError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SourceError(f"data set {dataset!r} (config {config}, split {split}) does not open: {reason}") from error
 
@@ -70,8 +71,20 @@ def _check_reachable(dataset: str, revision: str | None, advice: str) -> None:
 
 
 def rows(dataset: Any, columns: dict[str, str]) -> Iterator[dict]:
-    """Rows with our names for the set's columns; a missing column is named."""
-    for row in dataset:
+    """Rows with our names for the set's columns; a missing column, or a network that is lost, is named."""
+    from huggingface_hub.errors import HTTPError
+
+    reading = iter(dataset)
+    while True:
+        try:
+            row = next(reading)
+        except StopIteration:
+            return
+        except (OSError, HTTPError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SourceError(
+                f"the data set stopped in the middle ({reason}): run again when it can be read"
+            ) from error
         missing = [column for column in columns.values() if column not in row]
         if missing:
             raise SourceError(f"the data set has no column {missing[0]!r}; it has {', '.join(row)}")

@@ -166,8 +166,10 @@ def style(df: pd.DataFrame) -> Styler:
         whole = bool((df[column].dropna() % 1 == 0).all())
         formats[column] = _percent if column == "difference" else partial(_number, whole=whole)
     styler = df.style.hide(axis="index").format(formats).format(None, subset=words, escape="html")
-    styler = styler.set_properties(subset=numbers, **{"text-align": "right"})
-    return styler.set_properties(subset=words, **{"text-align": "left"})
+    sides = {column: "right" if column in numbers else "left" for column in df.columns}
+    for column, side in sides.items():
+        styler = styler.set_properties(subset=[column], **{"text-align": side})
+    return styler.set_table_styles({c: [{"selector": "th", "props": f"text-align: {s}"}] for c, s in sides.items()})
 
 
 def _number(value: float, whole: bool) -> str:

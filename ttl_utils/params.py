@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import copy
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -29,7 +32,7 @@ def free(default: Any = ..., **constraints: Any) -> Any:
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def identity(self) -> dict:
         """The keys that decide the stage's result, as plain data."""
@@ -51,7 +54,7 @@ def _plain(value: Any) -> Any:
 
 
 class Filter(Section):
-    """Thresholds of the basic cleaning for one kind of text; a limit that is null is not applied."""
+    """Thresholds of the basic cleaning for one kind of text."""
 
     min_words: int
     max_words: Positive
@@ -189,13 +192,6 @@ class Pretraining(Optimisation):
     prompts: list[str] = free()
     max_new_tokens: Positive = free()
 
-    @model_validator(mode="after")
-    def warmup_ends(self) -> Pretraining:
-        # a run cut short (max_steps overridden below the warm-up) still warms up: only nonsense is refused
-        if self.max_steps > 1 and self.warmup_steps > 10 * self.max_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is over ten times max_steps {self.max_steps}")
-        return self
-
 
 class Task(Section):
     name: str
@@ -294,7 +290,8 @@ class Parameters(BaseModel):
                     f"evaluation.downstream {item.name!r}: no source of data.sources with use: downstream "
                     f"is named {item.source!r}"
                 )
-        for name in ("run", "base"):
+        # the size is the folder's name where no run is named
+        for name in ("size", "run", "base"):
             value = getattr(self, name)
             if value is not None and (not value or Path(value).name != value or value.startswith(".")):
                 raise ValueError(f"{name} {value!r} is not a plain folder name")
@@ -363,6 +360,9 @@ def read_file(file: str) -> dict:
         raise ParameterError(f"{file}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ParameterError(f"{file}: expected keys and values, found {type(values).__name__}")
+    for name in SECTIONS:
+        if name in values and not isinstance(values[name], dict):
+            raise ParameterError(f"{name}: expected keys and values in {file}, found {values[name]!r}")
     return values
 
 
@@ -392,11 +392,12 @@ def load_params(given: Mapping[str, Any]) -> Params:
         close = difflib.get_close_matches(overrides["size"], sizes(), 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ParameterError(f"size: there is no size {overrides['size']!r}.{hint} Sizes: {', '.join(sizes())}")
-    values, original = read_file(file), read_file(file)
+    original = read_file(file)
+    values = copy.deepcopy(original)
     if "size" in overrides and overrides["size"] != values.get("size"):
         raise ParameterError(
-            f"size: {overrides['size']!r} was asked for, but file {file!r} is of size {values.get('size')!r}; "
-            "give one of the two"
+            f"size: {overrides['size']!r} was asked for, but file {file!r} is of size {values.get('size')!r}: "
+            f"set size to {values.get('size')!r} too, or leave file out"
         )
     origins = dict.fromkeys((key for key, _ in _leaves(values)), file)
     notes = _foreign_copy(values, overrides, file)
@@ -451,13 +452,15 @@ def _foreign_copy(values: dict, overrides: Mapping, file: str) -> tuple[str, ...
 
 def _check_injected(cells: Any) -> None:
     """A parameter that papermill injected but the notebook does not have is one log line to papermill: stop here."""
-    for cell in cells:
-        if not cell.lstrip().startswith("# Parameters"):
-            continue
-        for node in ast.parse(cell).body:
-            for target in getattr(node, "targets", ()):
-                if isinstance(target, ast.Name) and target.id not in PARAMETER_NAMES:
-                    raise ParameterError(_unknown(target.id, PARAMETER_NAMES, "among the notebook's parameters"))
+    injected = [cell for cell in cells if cell.lstrip().startswith("# Parameters")]
+    # the newest one: an executed copy, opened and corrected, keeps the mistyped cell in its history
+    for cell in injected[-1:]:
+        # a cell that is no Python never ran, so it set nothing
+        with contextlib.suppress(SyntaxError):
+            for node in ast.parse(cell).body:
+                for target in getattr(node, "targets", ()):
+                    if isinstance(target, ast.Name) and target.id not in PARAMETER_NAMES:
+                        raise ParameterError(_unknown(target.id, PARAMETER_NAMES, "among the notebook's parameters"))
 
 
 def _unknown(name: str, known: Any, where: str) -> str:
@@ -487,17 +490,18 @@ def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> s
     for item in error.errors():
         location = item["loc"]
         dotted = ".".join(str(key) for key in location)
-        where = "as given" if origins.get(dotted) == "given" else f"in {file}"
+        where = _place(location, file, origins)
         value = item["input"]
         if item["type"] == "extra_forbidden":
             known = list(getattr(_model_at(location), "model_fields", ()))
-            text = _unknown(str(location[-1]), known, f"in section {'.'.join(map(str, location[:-1]))} ({where})")
+            section = f"in section {'.'.join(map(str, location[:-1]))} ({where})" if location[1:] else where
+            text = _unknown(str(location[-1]), known, section)
             lines.append(f"{dotted}: " + text.split(": ", 1)[1])
         elif item["type"] == "missing":
-            lines.append(f"{dotted}: missing {where}")
+            lines.append(f"{dotted}: missing ({where})")
         elif item["type"] == "value_error":
             lines.append(f"{dotted + ': ' if dotted else ''}{item['ctx']['error']} ({where})")
-        elif isinstance(value, str) and _is_number(value):
+        elif item["type"] in ("int_type", "float_type") and _is_number(value):
             lines.append(
                 f"{dotted}: {value!r} ({where}) is a text, not a number. YAML reads 6e-4 as text: "
                 f"write {_yaml_number(value)} without quotes"
@@ -507,14 +511,29 @@ def _explain(error: ValidationError, file: str, origins: Mapping[str, str]) -> s
     return "\n".join(dict.fromkeys(lines))
 
 
-def _is_number(text: str) -> bool:
+def _place(location: tuple, file: str, origins: Mapping[str, str]) -> str:
+    """Where the value stands that an error is about, or which of several were given (a combination)."""
+    names = [".".join(map(str, location[:end])) for end in range(len(location), 0, -1)]
+    # an item of a list has its list's origin
+    origin = next((origins[name] for name in names if name in origins), None)
+    inside = f"{names[0]}." if names else ""
+    given = [key for key, place in origins.items() if place == "given" and key.startswith(inside) and key != "file"]
+    if origin:
+        return "as given" if origin == "given" or given else f"in {file}"
+    return f"in {file}" + (f" with {', '.join(given)} as given" if given else "")
+
+
+def _is_number(value: Any) -> bool:
     try:
-        float(text)
+        return isinstance(value, str) and math.isfinite(float(value))
     except ValueError:
         return False
-    return True
 
 
 def _yaml_number(text: str) -> str:
+    """The number as YAML reads it: with a point and a signed exponent, or whole."""
     number = float(text)
-    return str(int(number)) if number.is_integer() and "e" not in text.lower() else f"{number:.10f}".rstrip("0")
+    if number.is_integer() and abs(number) < 1e15:
+        return str(int(number))
+    shortest = repr(number)
+    return shortest.replace("e", ".0e") if "e" in shortest and "." not in shortest else shortest

@@ -16,9 +16,9 @@ from ttl_utils.blocks import TokenBlocks, step_indices
 from ttl_utils.checkpoints import save_pretrained
 from ttl_utils.evaluation import perplexity
 from ttl_utils.model import choose_hardware, count_parameters, flops_per_token, new_model
-from ttl_utils.run import Run, Stage
+from ttl_utils.run import Run, Stage, write_text
 from ttl_utils.tokenizer import load_tokenizer
-from ttl_utils.training import Loop, Step, train
+from ttl_utils.training import Loop, Step, read_records, train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -85,10 +85,12 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
                 batch_size=settings.per_device_train_batch_size,
                 max_tokens=settings.eval_tokens,
             )
-            with samples.open("a", encoding="utf-8") as file:
-                for prompt in settings.prompts:
-                    text = complete(model, tokenizer, prompt, settings.max_new_tokens)
-                    file.write(json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
+            # a run that goes on from a checkpoint comes by this step again
+            rows = [row for row in read_records(samples) if row["step"] < step]
+            for prompt in settings.prompts:
+                text = complete(model, tokenizer, prompt, settings.max_new_tokens)
+                rows.append({"step": step, "prompt": prompt, "text": text})
+            write_text(samples, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             return {
                 "validation_loss": round(found["loss"], 6),
                 "perplexity": round(found["perplexity"], 4),

@@ -13,14 +13,14 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ttl_utils.errors import DamagedFile, MissingStage, StageConflict, TTLError
+from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, StageConflict, TTLError
 from ttl_utils.params import Params, project_root
 
 
@@ -149,6 +149,8 @@ class Run:
         self.name = params.base if _base else params.run_name
         self.folder = outputs_folder() / self.name
         self._base = _base
+        if params.base and not (outputs_folder() / params.base).is_dir():
+            raise ParameterError(f"base {params.base!r}: there is no such run in {outputs_folder()}")
 
     def stage(self, name: str) -> Stage:
         return Stage(self, name)
@@ -171,8 +173,10 @@ class Run:
         return stage
 
     def _command(self) -> str:
-        size = self.params.size
-        return size if self.name == size else f"{size} --run {self.name}"
+        size, file, base = self.params.size, self.params.file, self.params.base
+        command = size if file == f"params/{size}.yaml" else file
+        command += "" if self.name == size else f" --run {self.name}"
+        return command + (f" --base {base}" if base and base != self.name else "")
 
     def gather_metrics(self) -> dict:
         """`metrics.json` of the run: every finished stage's figures under its name."""
@@ -279,13 +283,13 @@ class Stage:
         )
 
     def set_aside(self) -> Path | None:
-        """Move the folder to `<stage>.old-N`; nothing is thrown away."""
-        if not self.folder.exists():
+        """Move the folder to `<stage>.old-N`; nothing is thrown away, and a base's folder stays where it is."""
+        if self.from_base or not self.folder.exists():
             return None
         number = 1
         while (aside := self.folder.with_name(f"{self.name}.old-{number}")).exists():
             number += 1
-        with self._lock():
+        with self._alone():
             shutil.move(self.folder, aside)
         print(f"{self.name}: the earlier folder is kept as {aside.name}")
         return aside
@@ -302,10 +306,25 @@ class Stage:
         print(f"{self.name}{where}: finished {manifest['finished']}, reused{code}")
         return True
 
+    @cached_property
     def _lock(self) -> FileLock:
-        lock = FileLock(self.run.folder / ".locks" / f"{self.name}.lock")
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        return lock
+        return FileLock(self.run.folder / ".locks" / f"{self.name}.lock")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Hold the stage's lock, which this object may hold already; another holder is an error, never a wait."""
+        Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise StageConflict(
+                f"{self.name} of run {self.run.name!r} is being made by another process ({self.folder}): "
+                "wait for it to end, or give this run another name (`run`)"
+            ) from None
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     @contextlib.contextmanager
     def work(self) -> Iterator[Any]:
@@ -313,42 +332,38 @@ class Stage:
 
         Yields the energy tracker, whose ledger is `energy.jsonl` of the run.
         """
-        from ttl_utils.carbon import track
+        from ttl_utils.carbon import EnergySession, track
 
+        if os.environ.get("RANK", "0") != "0":
+            # the first process of a distributed run holds the folder and the meter for all
+            yield EnergySession()
+            return
         for name in self.definition.inputs:
             stage, group = name.split("/")
             self.run.need(stage).verify(group)
-        lock = self._lock()
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise StageConflict(
-                f"{self.name} of run {self.run.name!r} is being made by another process ({self.folder}): "
-                "wait for it to end, or give this run another name (`run`)"
-            ) from None
-        try:
+        with self._alone():
             state = self.check()
             if state == "finished":
                 raise StageConflict(f"{self.name} of run {self.run.name!r} was finished by another process just now")
-            if state == "begun":
-                print(f"{self.name}: begun {read_json(self.folder / 'stage.json')['started']}, going on")
-            else:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_json(
-                    self.folder / "stage.json",
-                    {"identity": self.identity(), "started": now(), "code": code_version()},
-                )
-            with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
-                yield energy
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise TTLError(
-                f"{self.name}: the disk is full while writing {error.filename or self.folder}; finished work is kept: "
-                "free some space, or set TTL_OUTPUTS to another disk, and run again"
-            ) from error
-        finally:
-            lock.release()
+            try:
+                if state == "begun":
+                    print(f"{self.name}: begun {read_json(self.folder / 'stage.json')['started']}, going on")
+                else:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    write_json(
+                        self.folder / "stage.json",
+                        {"identity": self.identity(), "started": now(), "code": code_version()},
+                    )
+                with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
+                    yield energy
+            except Exception as error:
+                if isinstance(error, TTLError) or not _disk_full(error):
+                    raise
+                place = getattr(error, "filename", None) or self.folder
+                raise TTLError(
+                    f"{self.name}: the disk is full while writing {place}; finished work is kept: "
+                    "free some space, or set TTL_OUTPUTS to another disk, and run again"
+                ) from error
 
     def finish(self, metrics: dict, outputs: dict[str, Iterable[Path]]) -> None:
         """Write the figures, then the manifest with a hash of every file that later stages read."""
@@ -396,6 +411,12 @@ class Stage:
         return self.files(group)
 
 
+def _disk_full(error: Exception) -> bool:
+    # safetensors and SQLite have errors of their own, without an errno
+    texts = ("No space left on device", "Disk quota exceeded", "disk is full")
+    return getattr(error, "errno", None) == errno.ENOSPC or any(text in str(error) for text in texts)
+
+
 def _difference(old: dict, new: dict, prefix: str = "") -> list[str]:
     """Lines 'key: old -> new' for every leaf that differs."""
     lines = []
@@ -405,6 +426,8 @@ def _difference(old: dict, new: dict, prefix: str = "") -> list[str]:
             continue
         if isinstance(left, dict) and isinstance(right, dict):
             lines += _difference(left, right, f"{prefix}{key}.")
+        elif isinstance(left, list) and isinstance(right, list):
+            lines += _difference(dict(enumerate(left)), dict(enumerate(right)), f"{prefix}{key}.")
         else:
             shown = (str(left)[:70], str(right)[:70])
             lines.append(f"{prefix}{key}: {shown[0]} -> {shown[1]}")

@@ -43,8 +43,9 @@ def training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
         for line in text.split("\n"):
             while len(line.encode("utf-8")) > max_bytes:
                 # a character is at most 4 bytes; cut at a space where there is one
-                cut = line.rfind(" ", 1, max_bytes // 4)
-                cut = cut if cut > 0 else max_bytes // 4
+                most = max(1, max_bytes // 4)
+                cut = line.rfind(" ", 1, most)
+                cut = cut if cut > 0 else most
                 yield line[:cut]
                 line = line[cut:].lstrip()
             if line:
@@ -79,9 +80,12 @@ def train_sentencepiece(lines: Iterable[str], settings: Tokenizer) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        # the reason stands after the place in SentencePiece's source
+        reason = " ".join(str(error).split()).rpartition("] ")[2][:200]
+        larger = "smaller than required_chars" in reason
         raise TTLError(
-            f"tokenizer.vocab_size {settings.vocab_size}: SentencePiece cannot train on this text "
-            f"({' '.join(str(error).split())[:200]}). Give a smaller vocabulary, or more text"
+            f"tokenizer.vocab_size {settings.vocab_size}: SentencePiece cannot train on this text ({reason}). Give "
+            + ("a larger vocabulary, or a lower character_coverage" if larger else "a smaller vocabulary, or more text")
         ) from None
     return model.getvalue()
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.nn.functional import cross_entropy
 
 from ttl_utils import checkpoints
@@ -42,7 +43,7 @@ class Step:
 def learning_rate(settings: Optimisation, step: int, max_steps: int) -> float:
     """Learning rate of step `step` (from 0): linear warm-up, then the schedule down to 0 at `max_steps`."""
     if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
+        return settings.learning_rate * ((step + 1) / settings.warmup_steps)
     if settings.lr_scheduler_type == "constant":
         return settings.learning_rate
     done = (step - settings.warmup_steps) / max(1, max_steps - settings.warmup_steps)
@@ -94,8 +95,11 @@ class Loop:
 
 
 def make_accelerator(hardware: Hardware) -> Accelerator:
-    accelerator = Accelerator(mixed_precision=hardware.mixed_precision, cpu=hardware.device == "cpu")
     asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if asked == 1:
+        # Accelerate keeps a process's first device and precision; in a notebook the next cell may want others
+        AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision=hardware.mixed_precision, cpu=hardware.device == "cpu")
     if accelerator.num_processes != asked:
         raise TTLError(
             f"{asked} processes were asked for and Accelerate runs {accelerator.num_processes}: on a CPU, set "
@@ -136,18 +140,19 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
     model.to(accelerator.device)
     optimizer = make_optimizer(model, settings)
     folder = loop.folder / "checkpoints"
-    newest = checkpoints.newest_whole(folder)
-    state = {"step": 0, "tokens": 0, "interval_loss": 0.0}
+    with accelerator.main_process_first():
+        newest = checkpoints.newest_whole(folder)
+    state = {"step": 0, "tokens": 0, "interval_loss": 0.0, "interval_steps": 0}
     if newest is not None:
-        state = checkpoints.load_checkpoint(newest, model, optimizer, str(accelerator.device))
+        state = checkpoints.load_checkpoint(newest, model, optimizer)
         _say_resumed(state, hardware, newest)
     wrapped = torch.compile(model) if settings.compile else model
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
     if accelerator.scaler is not None and state.get("scaler"):
         accelerator.scaler.load_state_dict(state["scaler"])
-    records = Records(loop.folder / "metrics.jsonl", state["step"], loop.on_record)
+    records = Records(loop.folder / "metrics.jsonl", state["step"], loop.on_record, main)
     interval_loss = torch.tensor(state["interval_loss"], device=accelerator.device)
-    tokens, pause = state["tokens"], 0.0
+    tokens, interval_steps, pause = state["tokens"], state["interval_steps"], 0.0
 
     def record(step: int, **values: float) -> None:
         if main:
@@ -167,7 +172,9 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
         accelerator.wait_for_everyone()
         if not main:
             return
-        _check_finite(interval_loss.item(), step, newest)
+        _check_finite("loss", interval_loss, step, folder)
+        for name, weights in model.named_parameters():
+            _check_finite(name, weights, step, folder)
         loop.energy.sample()
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
         checkpoints.save_checkpoint(
@@ -179,6 +186,7 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
             {
                 "tokens": tokens,
                 "interval_loss": interval_loss.item(),
+                "interval_steps": interval_steps,
                 "energy_kwh": loop.energy_before + loop.energy.energy_kwh,
                 "device": hardware.device,
                 "precision": hardware.precision,
@@ -192,7 +200,8 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
     if state["step"] == 0:
         evaluate(0)
     interval_start, interval_tokens = time.monotonic(), 0
-    with clean_stop() as stop, Progress(loop.label, loop.max_steps, loop.folder / "status.json", state["step"]) as bar:
+    status = loop.folder / "status.json" if main else None
+    with clean_stop() as stop, Progress(loop.label, loop.max_steps, status, state["step"]) as bar:
         for step in range(state["step"], loop.max_steps):
             rate = learning_rate(settings, step, loop.max_steps)
             for group in optimizer.param_groups:
@@ -213,35 +222,40 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
                 accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            done = step + 1
-            if done % settings.logging_steps == 0 or done == loop.max_steps:
-                steps = settings.logging_steps if done % settings.logging_steps == 0 else done % settings.logging_steps
+            done, interval_steps = step + 1, interval_steps + 1
+            logged = done % settings.logging_steps == 0 or done == loop.max_steps
+            if logged:
                 # the one synchronisation of the interval
-                mean = accelerator.reduce(interval_loss, "mean").item() / steps
-                _check_finite(mean, done, newest)
+                mean = accelerator.reduce(interval_loss, "mean").item() / interval_steps
+                _check_finite("loss", torch.tensor(mean), done, folder)
                 speed = interval_tokens / (time.monotonic() - interval_start - pause)
                 record(done, loss=round(mean, 6), learning_rate=rate, tokens_per_second=round(speed, 1))
                 bar.update(done, f"loss {mean:.3f} · {speed:,.0f} tokens/s")
                 interval_loss.zero_()
-                interval_start, interval_tokens, pause = time.monotonic(), 0, 0.0
+                interval_start, interval_tokens, interval_steps, pause = time.monotonic(), 0, 0, 0.0
             away = time.monotonic()
             if loop.eval_steps and (done % loop.eval_steps == 0 or done == loop.max_steps):
                 evaluate(done)
-            if done % settings.save_steps == 0 or done == loop.max_steps or stop.is_set():
+            stopping = stop.is_set()
+            if accelerator.num_processes > 1:
+                # all stop at the same step, and agree where they wait for each other anyway
+                asked = torch.tensor(float(stopping), device=accelerator.device)
+                stopping = logged and accelerator.reduce(asked, "sum").item() > 0
+            if done % settings.save_steps == 0 or done == loop.max_steps or stopping:
                 save(done)
             pause += time.monotonic() - away
-            if stop.is_set() and done < loop.max_steps:
+            if stopping and done < loop.max_steps:
                 raise TTLError(f"{loop.label} was interrupted; step {done:,} is saved, run again to go on from there")
         bar.done = loop.max_steps
     return records.rows
 
 
-def _check_finite(loss: float, step: int, newest: Path | None) -> None:
-    if not math.isfinite(loss):
-        kept = f"the newest checkpoint ({newest.name}) is" if newest else "earlier checkpoints are"
+def _check_finite(name: str, value: torch.Tensor, step: int, folder: Path) -> None:
+    if not value.isfinite().all():
+        newest = next((path.name for path in reversed(checkpoints.list_checkpoints(folder))), "none yet")
         raise TTLError(
-            f"the loss is {loss} before step {step}: training has diverged; {kept} untouched. Lower the learning rate, "
-            "lengthen the warm-up, set max_grad_norm, or use precision fp32"
+            f"the {name} is not finite by step {step:,}: training has diverged; nothing of it was saved (newest "
+            f"checkpoint: {newest}). Lower the learning rate, lengthen the warm-up, set max_grad_norm, or use fp32"
         )
 
 
@@ -258,9 +272,11 @@ def _say_resumed(state: dict, hardware: Hardware, path: Path) -> None:
 class Records:
     """`metrics.jsonl`: one line a record; what lies after the checkpoint resumed from is dropped, to be made again."""
 
-    def __init__(self, path: Path, step: int, on_record: Callable[[list[dict]], None] | None):
+    def __init__(self, path: Path, step: int, on_record: Callable[[list[dict]], None] | None, main: bool = True):
         self.path, self.on_record = path, on_record
         self.rows = [row for row in read_records(path) if row["step"] <= step and step > 0]
+        if not main:
+            return
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
         os.replace(partial, path)
@@ -278,4 +294,5 @@ def read_records(path: Path) -> list[dict]:
     """The whole lines of a metrics.jsonl; one that is being written is not whole yet."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]

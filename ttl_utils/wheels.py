@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 from ttl_utils.errors import SourceError
-from ttl_utils.filters import mask, unit_key
+from ttl_utils.filters import clean, mask
+from ttl_utils.grouping import group_contained, group_conversations
 from ttl_utils.params import Data, Source
 from ttl_utils.run import sha256
 
@@ -81,6 +82,8 @@ def _text(archive: zipfile.ZipFile, name: str) -> str:
 
 def read(source: Source, data: Data, counts: Counter) -> Iterator[dict]:
     """Rows {text, unit} (and turns, or label) of one wheel source; what is left out is counted by its reason."""
+    if source.reader not in READERS:
+        raise SourceError(f"source {source.name!r}: no reader is named {source.reader!r}; known: {', '.join(READERS)}")
     with zipfile.ZipFile(fetch(source)) as archive:
         yield from READERS[source.reader](archive, data, counts)
 
@@ -95,15 +98,15 @@ def _sentences(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[str, str]]
 
 def _passages(sentences: Iterator[tuple[str, str]], size: int) -> Iterator[dict]:
     """Up to `size` consecutive sentences of one document, so that a split falls between passages."""
-    document, passage = None, []
+    document, passages = None, []
     for name, text in sentences:
-        if passage and (name != document or len(passage) == size):
-            yield {"text": "\n".join(passage)}
-            passage = []
+        if name != document or len(passages[-1]) == size:
+            passages.append([])
         document = name
-        passage.append(text)
-    if passage:
-        yield {"text": "\n".join(passage)}
+        passages[-1].append(text)
+    texts = ["\n".join(passage) for passage in passages]
+    for text, unit in zip(texts, group_contained(texts), strict=True):
+        yield {"text": text, "unit": unit}
 
 
 def _petrogold(archive: zipfile.ZipFile, data: Data, counts: Counter) -> Iterator[dict]:
@@ -134,15 +137,18 @@ def _porttinari(archive: zipfile.ZipFile, data: Data, counts: Counter) -> Iterat
     return _passages(kept(), data.passage_sentences)
 
 
-def _tweets(archive: zipfile.ZipFile) -> Iterator[tuple[str, str]]:
-    """(id, masked text): the id only joins the two tables and goes no further."""
-    for row in csv.DictReader(io.StringIO(_text(archive, "dante/data/dantestocks/base.csv"))):
-        yield row["Tweet_ID"], mask(row["Content"].replace("\\n", "\n"))
+def _tweets(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, str]]:
+    """(id, masked text, unit): the id only joins the two tables and goes no further."""
+    rows = list(csv.DictReader(io.StringIO(_text(archive, "dante/data/dantestocks/base.csv"))))
+    # cleaned first: an invisible character in a handle or link must not hide it from the mask
+    texts = [mask(clean(row["Content"].replace("\\n", "\n"))) for row in rows]
+    for row, text, unit in zip(rows, texts, group_contained(texts), strict=True):
+        yield row["Tweet_ID"], text, unit
 
 
 def _dantestocks(archive: zipfile.ZipFile, data: Data, counts: Counter) -> Iterator[dict]:
-    for _, text in _tweets(archive):
-        yield {"text": text}
+    for _, text, unit in _tweets(archive):
+        yield {"text": text, "unit": unit}
 
 
 # Plutchik's emotions: column, name, its opposite's column
@@ -176,17 +182,17 @@ def _emotions(row: dict) -> list[str]:
     return [column for column in EMOTIONS if row[column] == "1"]
 
 
-def _labelled(archive: zipfile.ZipFile) -> Iterator[tuple[str, dict]]:
+def _labelled(archive: zipfile.ZipFile) -> Iterator[tuple[str, str, dict]]:
     table = csv.DictReader(io.StringIO(_text(archive, "dante/data/dantestocks/emotion.csv")))
     labels = {row["Tweet_ID"]: row for row in table}
-    for name, text in _tweets(archive):
+    for name, text, unit in _tweets(archive):
         if name in labels:
-            yield text, labels[name]
+            yield text, unit, labels[name]
 
 
 def _dantestocks_emotions(archive: zipfile.ZipFile, data: Data, counts: Counter) -> Iterator[dict]:
     """Each labelled tweet asked about in `instruction_copies` phrasings; the phrasing follows from its place."""
-    for number, (text, row) in enumerate(_labelled(archive)):
+    for number, (text, unit, row) in enumerate(_labelled(archive)):
         found = _emotions(row)
         if not found and row["NEUTRAL"] != "1":
             counts["tweet without an agreed emotion"] += 1
@@ -206,16 +212,16 @@ def _dantestocks_emotions(archive: zipfile.ZipFile, data: Data, counts: Counter)
                 asked = EMOTIONS[column][0]
             yes = "Sim" if asked and asked in names.split(" e ") else "Não"
             turns = [question.format(text=text, asked=asked), answer.format(emotions=names, yes=yes)]
-            yield {"text": "\n\n".join(turns), "unit": unit_key(text)}
+            yield {"text": "\n\n".join(turns), "unit": unit}
 
 
 def _dantestocks_trust(archive: zipfile.ZipFile, data: Data, counts: Counter) -> Iterator[dict]:
-    for text, row in _labelled(archive):
+    for text, unit, row in _labelled(archive):
         trust, distrust = row["TRU"] == "1", row["DIS"] == "1"
         if trust == distrust:
             counts["neither trust nor distrust"] += 1
         else:
-            yield {"text": text, "label": int(trust)}
+            yield {"text": text, "unit": unit, "label": int(trust)}
 
 
 def _chatterbot(archive: zipfile.ZipFile, data: Data, counts: Counter) -> Iterator[dict]:
@@ -233,29 +239,8 @@ def _chatterbot(archive: zipfile.ZipFile, data: Data, counts: Counter) -> Iterat
                 conversations.append(turns)
             else:
                 counts["conversation without an answer"] += 1
-    for turns, unit in zip(conversations, group_units(conversations), strict=True):
+    for turns, unit in zip(conversations, group_conversations(conversations), strict=True):
         yield {"text": "\n\n".join(turns), "turns": turns, "unit": unit}
-
-
-def group_units(conversations: list[list[str]], min_words: int = 3) -> list[str]:
-    """One key for all conversations that share a turn of `min_words` words or more, directly or by others."""
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
-    firsts = []
-    for turns in conversations:
-        keys = [unit_key(turn) for turn in turns]
-        firsts.append(keys[0])
-        for key in keys[1:]:
-            if len(key.split()) >= min_words:
-                one, other = sorted((root(keys[0]), root(key)))
-                parent[other] = one
-    return [root(key) for key in firsts]
 
 
 READERS = {

@@ -1,0 +1,34 @@
+# make nano: set up and run the whole paper at nano size.  make test: set up and pass the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# without a GPU: make nano TORCH_INDEX=<address of the CPU wheels, from PyTorch's installation page>
+TORCH_INDEX ?=
+
+.PHONY: nano test lint lab
+nano: $(VENV)/.ready
+	$(BIN)/ttl run nano
+
+test: $(VENV)/.ready-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+lab: $(VENV)/.ready
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+$(VENV)/bin/python:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+
+# a marker per set of extras, made anew when the dependencies change
+$(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	touch $@

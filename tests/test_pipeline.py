@@ -1,0 +1,238 @@
+"""The real pipeline through papermill, at a scale far below nano."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.tiny import Tiny
+from ttl_utils.run import STAGES
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = {
+    "01_data": "documents_in documents_kept characters instruction_share",
+    "02_tokenizer": "vocab_size tokens_per_word train_tokens test_tokens bytes_per_stored_token",
+    "03_pretraining": "parameters steps tokens train_loss validation_loss validation_perplexity bits_per_byte "
+    "tokens_per_second energy_kwh emissions_kg duration_s",
+    "04_evaluation": "perplexity bits_per_byte harness downstream",
+    "05_chat": "validation_loss_before validation_loss_after useful_tokens_per_second padding_share",
+    "06_carbon_report": "energy_kwh emissions_kg car_km",
+}
+
+
+class Command:
+    """`ttl` and papermill in a process of their own, in one outputs folder."""
+
+    def __init__(self, tiny: Tiny, outputs: Path):
+        self.file, self.outputs = tiny.file, outputs
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if key not in ("TTL_MIRROR", "HF_TOKEN")},
+            "TTL_CACHE": str(tiny.cache),
+            "TTL_OUTPUTS": str(outputs),
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def ttl(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        return self.python("-m", "ttl_utils", *arguments, **environment)
+
+    def papermill(self, notebook: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+        source, target = ROOT / "notebooks" / notebook, self.outputs / f"plain-{notebook}"
+        return self.python("-m", "papermill", str(source), str(target), *arguments, cwd=cwd)
+
+    def python(self, *arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    @property
+    def run(self) -> Path:
+        return self.outputs / "tiny"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """The six notebooks, run once; to read only."""
+    command = Command(tiny, tmp_path_factory.mktemp("whole"))
+    done = command.ttl("run", tiny.file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return command
+
+
+@pytest.fixture
+def copied(whole: Command, tiny: Tiny, tmp_path: Path) -> Command:
+    """The finished run, to change."""
+    shutil.copytree(whole.outputs, tmp_path / "outputs")
+    return Command(tiny, tmp_path / "outputs")
+
+
+def test_metrics_have_the_agreed_names(whole: Command) -> None:
+    metrics = json.loads((whole.run / "metrics.json").read_text())
+    assert list(metrics) == list(STAGES)
+    for stage, names in METRICS.items():
+        assert set(names.split()) <= set(metrics[stage]), stage
+    trained = metrics["03_pretraining"]
+    assert abs(trained["initial_validation_loss"] - trained["uniform_loss"]) < 0.3
+    assert trained["validation_loss"] < trained["initial_validation_loss"] - 0.3
+    assert metrics["05_chat"]["validation_loss_after"] < metrics["05_chat"]["validation_loss_before"]
+    assert metrics["04_evaluation"]["perplexity"] == pytest.approx(trained["validation_perplexity"], rel=1e-3)
+    assert 0 <= metrics["01_data"]["instruction_share"] <= 1
+
+
+def test_the_agreed_files_are_there(whole: Command) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for stage in STAGES:
+        assert (whole.run / stage / "manifest.json").is_file()
+    assert (whole.run / "energy.jsonl").is_file()
+    run = json.loads((whole.run / "run.json").read_text())
+    assert {"code", "versions", "machine", "parameters", "stages"} <= set(run) and set(run["stages"]) == set(STAGES)
+    newest = sorted((whole.run / "03_pretraining" / "checkpoints").glob("step-*"))[-1]
+    for folder in (whole.run / "03_pretraining" / "model", newest, whole.run / "05_chat" / "model"):
+        assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
+        assert AutoTokenizer.from_pretrained(folder).pad_token == "<pad>"
+
+
+def test_executed_notebooks_are_free_of_noise(whole: Command) -> None:
+    for stage in STAGES:
+        notebook = nbformat.read(whole.run / "notebooks" / f"{stage}.ipynb", as_version=4)
+        figures = 0
+        for cell in notebook.cells:
+            outputs = cell.get("outputs", [])
+            assert len(outputs) <= 4, (stage, cell.source)
+            for output in outputs:
+                assert output.get("name") != "stderr", (stage, output)
+                assert "warning" not in str(output.get("text", "")).lower(), (stage, output)
+                figures += "image/png" in output.get("data", {})
+        assert figures, f"{stage} shows no figure"
+
+
+def test_every_figure_has_its_data(whole: Command) -> None:
+    figures = {path.stem for path in (whole.run / "figures").glob("*.png")}
+    assert len(figures) >= 8
+    assert figures == {path.stem for path in (whole.run / "figures").glob("*.csv")}
+
+
+def test_no_handle_or_link_is_shown(whole: Command) -> None:
+    for path in (whole.run / "notebooks").glob("*.ipynb"):
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                text = str(output.get("text", "")) + str(output.get("data", {}).get("text/plain", ""))
+                assert not re.search(r"https?://|(?<!\w)@\w", text), (path.name, text[:200])
+
+
+def test_running_again_reuses_everything_and_says_so(whole: Command) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/**/*") if path.is_file()}
+    started = time.monotonic()
+    again = whole.ttl("run", whole.file)
+    assert again.returncode == 0, again.stderr
+    assert all(re.search(rf"{stage}: finished .* reused", again.stdout) for stage in STAGES), again.stdout
+    assert time.monotonic() - started < 60
+    assert before == {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/**/*") if path.is_file()}
+
+
+def test_a_deleted_stage_is_made_again_and_the_others_are_reused(copied: Command) -> None:
+    fingerprint = json.loads((copied.run / "02_tokenizer" / "manifest.json").read_text())["outputs"]
+    shutil.rmtree(copied.run / "02_tokenizer")
+    again = copied.ttl("run", copied.file)
+    assert again.returncode == 0, again.stdout + again.stderr
+    for stage in ("01_data", "03_pretraining", "04_evaluation", "05_chat"):
+        assert re.search(rf"{stage}: finished .* reused", again.stdout), again.stdout
+    assert "02_tokenizer: running" in again.stdout
+    assert json.loads((copied.run / "02_tokenizer" / "manifest.json").read_text())["outputs"] == fingerprint
+    # the report tells of the ledger, which grew: the earlier one is kept
+    assert (copied.run / "06_carbon_report.old-1" / "report.md").is_file()
+
+
+def test_a_finished_stage_is_never_remade_silently(copied: Command) -> None:
+    changed = copied.ttl("run", copied.file, "--set", "pretraining.learning_rate=0.01")
+    assert changed.returncode != 0
+    assert "pretraining.learning_rate: " in changed.stderr and "-> 0.01" in changed.stderr
+    assert "--force" in changed.stderr and "Traceback" not in changed.stderr
+    moved = copied.ttl("run", copied.file, "--set", "pretraining.max_steps=2", "--from", "03", "--to", "03", "--force")
+    assert moved.returncode == 0, moved.stderr
+    assert (copied.run / "03_pretraining.old-1" / "manifest.json").is_file()
+    assert json.loads((copied.run / "03_pretraining" / "metrics.json").read_text())["steps"] == 2
+
+
+def test_a_variant_uses_the_base_runs_stages(copied: Command) -> None:
+    made = copied.ttl(
+        "run", copied.file, "--run", "other", "--base", "tiny", "--set", "pretraining.max_steps=2", "--to", "03"
+    )
+    assert made.returncode == 0, made.stderr
+    assert "02_tokenizer of run 'tiny'" in made.stdout
+    assert not (copied.outputs / "other" / "02_tokenizer").exists()
+    assert json.loads((copied.outputs / "other" / "03_pretraining" / "metrics.json").read_text())["steps"] == 2
+
+
+def test_plain_papermill_from_another_folder_has_no_warning(copied: Command, tmp_path: Path) -> None:
+    done = copied.papermill("03_pretraining.ipynb", "-f", copied.file, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in (done.stdout + done.stderr).lower() and "unknown parameter" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("-y", "{pretraining: {max_stepz: 5}}"), "max_steps"),
+        (("-p", "sizee", "nano"), "'size'"),
+        (("-y", "{pretraining: {learning_rate: 6e-4}}"), "0.0006"),
+        (("-y", "{model: {num_attention_heads: 3}}"), "num_attention_heads"),
+    ],
+)
+def test_bad_parameters_stop_with_one_message(copied: Command, arguments: tuple[str, ...], named: str) -> None:
+    before = sorted(copied.run.rglob("*"))
+    done = copied.papermill("03_pretraining.ipynb", "-f", copied.file, *arguments)
+    assert done.returncode != 0
+    assert named in done.stderr and "ParameterError" in done.stderr
+    assert "ttl_utils/params.py" not in done.stderr, "our internals are no help"
+    assert sorted(copied.run.rglob("*")) == before
+
+
+def test_a_missing_stage_is_named_with_its_command(tiny: Tiny, tmp_path: Path) -> None:
+    command = Command(tiny, tmp_path)
+    done = command.ttl("run", tiny.file, "--from", "03")
+    assert done.returncode != 0
+    assert "02_tokenizer" in done.stderr and "--to 02" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unreachable_index_is_one_message(tiny: Tiny, tmp_path: Path) -> None:
+    command = Command(tiny, tmp_path)
+    index = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
+    done = command.ttl("run", tiny.file, "--to", "01", TTL_CACHE=str(tmp_path / "empty"), **index)
+    assert done.returncode != 0
+    assert "package index" in done.stderr and "dante-corpora" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "tiny" / "01_data" / "manifest.json").exists()
+    again = command.ttl("run", tiny.file, "--to", "01")
+    assert again.returncode == 0, again.stderr
+
+
+def test_pretraining_without_a_notebook_gives_the_same_weights(copied: Command) -> None:
+    weights = copied.run / "03_pretraining" / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(copied.run / "03_pretraining")
+    done = copied.ttl("pretrain", copied.file)
+    assert done.returncode == 0, done.stderr
+    assert weights.read_bytes() == before
+
+
+def test_status_and_plan(whole: Command) -> None:
+    status = whole.ttl("status", "tiny")
+    assert status.returncode == 0 and status.stdout.count("finished") == len(STAGES)
+    assert whole.ttl("status", "nothing").returncode != 0
+    for size, count in (("160m", "162,417,408"), ("460m", "468,239,360")):
+        assert count in whole.ttl("plan", size).stdout
+    assert whole.ttl("run", "nanno").returncode != 0

@@ -1,0 +1,587 @@
+"""The loop: schedule, accumulation, loss, decay; kills and interrupts that change nothing; divergence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ttl_utils import checkpoints
+from ttl_utils import training as tr
+from ttl_utils.errors import TTLError
+from ttl_utils.model import Hardware, new_model
+from ttl_utils.params import load_params
+from ttl_utils.pretraining import pretrain
+from ttl_utils.tokenizer import load_tokenizer
+
+# two threads that wait for each other cost more than such small matrices
+torch.set_num_threads(1)
+CPU = Hardware("cpu", "fp32", "sdpa")
+NANO = load_params({})
+CONTEXT = 12
+
+
+def setting(**changes):
+    return NANO.pretraining.model_copy(update={"learning_rate": 0.01, "warmup_steps": 2, **changes})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_done):
+    return load_tokenizer(tiny_done.folder / "02_tokenizer")
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "max_position_embeddings": CONTEXT}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    return lambda: new_model(NANO.model.model_copy(update=shape), tokenizer, seed=0, attention="sdpa")
+
+
+def batch_of(step, rows=4):
+    """Random rows of which a random part is learned: a few labels in one row, nearly all in another."""
+    random_ids = torch.Generator().manual_seed(step)
+    ids = torch.randint(4, 500, (rows, CONTEXT), generator=random_ids)
+    labels = ids.clone()
+    for row in range(rows):
+        labels[row, : 1 + (3 * row + step) % (CONTEXT - 1)] = tr.IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+def steps(size=4):
+    def get_step(step, accelerator):
+        batch = batch_of(step)
+        parts = [{key: value[n : n + size] for key, value in batch.items()} for n in range(0, 4, size)]
+        return tr.Step(parts, int((batch["labels"][:, 1:] != tr.IGNORED).sum()))
+
+    return get_step
+
+
+def loop(folder, max_steps=6, **changes):
+    folder.mkdir(exist_ok=True)
+    own = {field.name for field in dataclasses.fields(tr.Loop)}
+    given = {key: changes.pop(key) for key in list(changes) if key in own}
+    asked = setting(**{"logging_steps": 1, "save_steps": 100, **changes})
+    energy = SimpleNamespace(energy_kwh=0.25, sample=lambda: 0.25)
+    return tr.Loop(
+        **{"settings": asked, "hardware": CPU, "max_steps": max_steps, "folder": folder, "energy": energy} | given
+    )
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# the schedule
+
+
+def test_the_schedule_by_hand():
+    cosine = setting(learning_rate=1.0, warmup_steps=4)
+    assert [tr.learning_rate(cosine, step, 104) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert tr.learning_rate(cosine, 4 + 50, 104) == pytest.approx(0.5)
+    assert tr.learning_rate(cosine, 4 + 25, 104) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert 0 < tr.learning_rate(cosine, 103, 104) < 3e-4
+    assert tr.learning_rate(cosine, 104, 104) == 0
+    linear = setting(learning_rate=1.0, warmup_steps=0, lr_scheduler_type="linear")
+    assert [tr.learning_rate(linear, step, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    constant = setting(learning_rate=1.0, warmup_steps=1, lr_scheduler_type="constant")
+    assert {tr.learning_rate(constant, step, 4) for step in range(4)} == {1.0}
+    # cut short below the warm-up
+    assert tr.learning_rate(setting(learning_rate=1.0, warmup_steps=10), 2, 3) == pytest.approx(0.3)
+
+
+@settings(max_examples=200)
+@given(st.data(), st.sampled_from(["cosine", "linear", "constant"]), st.floats(1e-6, 1), st.integers(0, 50))
+def test_the_rate_stays_between_zero_and_the_peak(data, kind, peak, warmup):
+    max_steps = data.draw(st.integers(1, 200))
+    asked = setting(learning_rate=peak, lr_scheduler_type=kind, warmup_steps=warmup)
+    rates = [tr.learning_rate(asked, step, max_steps) for step in range(max_steps)]
+    assert all(0 < rate <= peak for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+# one step
+
+
+def test_the_loss_is_that_of_transformers(make_model):
+    model, ids = make_model(), batch_of(0)["input_ids"]
+    ours = tr.summed_loss(model, {"input_ids": ids, "labels": ids}) / (len(ids) * (CONTEXT - 1))
+    assert ours.item() == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), rel=1e-6)
+
+
+def test_ignored_labels_are_not_in_the_loss(make_model):
+    model, batch = make_model(), batch_of(3)
+    log = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+    expected = -sum(
+        log[row, place - 1, batch["labels"][row, place]]
+        for row in range(4)
+        for place in range(1, CONTEXT)
+        if batch["labels"][row, place] != tr.IGNORED
+    )
+    assert tr.summed_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_accumulated_parts_are_the_whole_batch(make_model, tokenizer, tmp_path):
+    whole, first = make_model(), make_model()
+    rows = tr.train(whole, tokenizer, steps(), loop(tmp_path / "whole"))
+    for size in (1, 3):
+        parts = make_model()
+        found = tr.train(parts, tokenizer, steps(size), loop(tmp_path / str(size)))
+        assert [row["loss"] for row in found] == pytest.approx([row["loss"] for row in rows], abs=2e-6)
+        for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    # the first step's loss: the mean over all learned tokens, which here is not the mean of the rows' means
+    batch = batch_of(0)
+    nats = [tr.summed_loss(first, {key: value[n : n + 1] for key, value in batch.items()}).item() for n in range(4)]
+    counts = [(batch["labels"][n, 1:] != tr.IGNORED).sum().item() for n in range(4)]
+    assert len(set(counts)) > 1
+    assert rows[0]["loss"] == pytest.approx(sum(nats) / sum(counts), abs=2e-6)
+    assert abs(rows[0]["loss"] - sum(n / c for n, c in zip(nats, counts, strict=True)) / 4) > 1e-4
+
+
+def test_norms_are_decayed_when_asked(make_model):
+    model = make_model()
+    norms = {name for name, _ in model.named_parameters() if "norm" in name}
+    for decay_norms, expected in ((False, set()), (True, norms)):
+        optimizer = tr.make_optimizer(model, setting(decay_norms=decay_norms, weight_decay=0.1))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        grouped = [(names[id(p)], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(name for name, _ in grouped) == sorted(names.values())
+        assert {name for name, decay in grouped if decay == 0} == norms - expected
+        assert {decay for _, decay in grouped} <= {0.0, 0.1}
+
+
+def test_decay_shrinks_weights_by_rate_times_decay(make_model):
+    model = make_model()
+    optimizer = tr.make_optimizer(model, setting(learning_rate=0.1, weight_decay=0.5))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1.0 if "norm" in name else 0.95
+        torch.testing.assert_close(parameter, before[name] * factor)
+
+
+def test_clipping_is_on_the_whole_steps_gradient(make_model, tokenizer, tmp_path):
+    # plain AdamW hardly sees the gradient's size; epsilon as large as this makes it see
+    large = {"adam_epsilon": 1.0, "max_steps": 1, "warmup_steps": 0, "weight_decay": 0.0}
+    moved = {}
+    for clip in (None, 1e-3):
+        model, start = make_model(), make_model()
+        tr.train(model, tokenizer, steps(2), loop(tmp_path / f"{clip}", max_grad_norm=clip, **large))
+        pairs = zip(model.parameters(), start.parameters(), strict=True)
+        moved[clip] = math.sqrt(sum((a - b).square().sum().item() for a, b in pairs))
+    # |update| is about rate x gradient when epsilon rules
+    assert moved[1e-3] == pytest.approx(0.01 * 1e-3, rel=0.01)
+    assert moved[None] > 100 * moved[1e-3]
+
+
+# records and their figures
+
+
+def test_records_hold_what_they_say(make_model, tokenizer, tmp_path):
+    drawn = []
+    asked = loop(
+        tmp_path / "run",
+        max_steps=5,
+        logging_steps=2,
+        eval_steps=2,
+        evaluate=lambda model, step: {"validation_loss": float(step), "training": model.training},
+        energy_before=1.0,
+        on_record=lambda rows: drawn.append(len(rows)),
+    )
+    model = make_model()
+    single = tr.train(make_model(), tokenizer, steps(), loop(tmp_path / "single", max_steps=5))
+    rows = tr.train(model, tokenizer, steps(), asked)
+    assert rows == tr.read_records(tmp_path / "run" / "metrics.jsonl")
+    losses = [row["loss"] for row in single]
+    logged = {row["step"]: row for row in rows if "loss" in row}
+    assert logged.keys() == {2, 4, 5}
+    assert logged[2]["loss"] == pytest.approx(sum(losses[:2]) / 2, abs=2e-6)
+    assert logged[4]["loss"] == pytest.approx(sum(losses[2:4]) / 2, abs=2e-6)
+    assert logged[5]["loss"] == pytest.approx(losses[4], abs=2e-6)
+    assert [row["tokens"] for row in logged.values()] == [2 * 48, 4 * 48, 5 * 48]
+    assert logged[4]["learning_rate"] == tr.learning_rate(asked.settings, 3, 5)
+    assert {row["energy_kwh"] for row in rows} == {1.25}
+    assert all(row["tokens_per_second"] > 0 for row in logged.values())
+    evaluated = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 2, 4, 5]
+    assert not any(row["training"] for row in evaluated)
+    assert model.training
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-0000005" / "state.json").read_text())
+    assert (state["tokens"], state["energy_kwh"], state["device"], state["precision"]) == (240, 1.25, "cpu", "fp32")
+    assert drawn
+
+
+def test_speed_leaves_out_evaluation_and_checkpoints(make_model, tokenizer, tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(tr.time, "monotonic", lambda: clock[0])
+
+    def get_step(step, accelerator):
+        clock[0] += 2.0
+        return steps()(step, accelerator)
+
+    def evaluate(model, step):
+        clock[0] += 1000.0
+        return {"validation_loss": 0.0}
+
+    asked = loop(tmp_path / "run", max_steps=6, logging_steps=2, eval_steps=3, save_steps=1, evaluate=evaluate)
+    rows = tr.train(make_model(), tokenizer, get_step, asked)
+    assert [row["tokens_per_second"] for row in rows if "loss" in row] == [24.0, 24.0, 24.0]
+
+
+def test_records_after_the_checkpoint_are_dropped_and_a_torn_line_too(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    whole = [{"step": 0, "validation_loss": 9.0}, {"step": 2, "loss": 3.0}, {"step": 4, "loss": 2.0}]
+    text = "".join(json.dumps(row) + "\n" for row in whole)
+    path.write_text(text + '{"step": 5, "lo')
+    assert tr.read_records(path) == whole
+    records = tr.Records(path, 2, None)
+    assert records.rows == tr.read_records(path) == whole[:2]
+    records.add({"step": 3, "loss": 2.5})
+    assert tr.read_records(path) == [*whole[:2], {"step": 3, "loss": 2.5}]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    path.write_text(text)
+    # another process of a distributed run reads, and leaves the file to the first
+    assert tr.Records(path, 2, None, main=False).rows == whole[:2]
+    assert path.read_text() == text
+    # from the beginning: the evaluation before the first step is made again
+    assert tr.Records(path, 0, None).rows == tr.read_records(path) == []
+
+
+# interrupts
+
+
+def interrupting(size, at, number=signal.SIGTERM):
+    def get_step(step, accelerator):
+        if step == at:
+            os.kill(os.getpid(), number)
+        return steps(size)(step, accelerator)
+
+    return get_step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_ends_at_a_whole_step_that_is_saved(make_model, tokenizer, tmp_path, number):
+    undisturbed, cut, whole = make_model(), make_model(), make_model()
+    before = signal.getsignal(number)
+    every = tr.train(undisturbed, tokenizer, steps(), loop(tmp_path / "all", max_steps=9))
+    # logged after 4, interrupted in 6: the resumed run logs at 9, with other intervals
+    with pytest.raises(TTLError, match="interrupted; step 6 is saved"):
+        tr.train(cut, tokenizer, interrupting(4, 5, number), loop(tmp_path / "run", max_steps=9, logging_steps=4))
+    assert signal.getsignal(number) == before
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000006"]
+    again = loop(tmp_path / "run", max_steps=9, logging_steps=3, save_steps=2)
+    rows = tr.train(whole, tokenizer, steps(), again)
+    assert same(whole, undisturbed)
+    assert [row["step"] for row in rows] == [4, 9]
+    losses = [row["loss"] for row in every]
+    # the mean over all steps since the last record, those before the interrupt too
+    assert rows[1]["loss"] == pytest.approx(sum(losses[4:]) / 5, abs=2e-6)
+    assert rows[1]["tokens"] == every[-1]["tokens"]
+
+
+def test_an_interrupt_in_the_last_step_is_no_interrupt(make_model, tokenizer, tmp_path):
+    rows = tr.train(make_model(), tokenizer, interrupting(4, 2), loop(tmp_path / "run", max_steps=3))
+    assert rows[-1]["step"] == 3
+
+
+def test_off_the_main_thread_signals_are_left_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work():
+        with tr.clean_stop() as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.is_set()))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
+
+
+def test_a_finished_run_is_not_trained_further(make_model, tokenizer, tmp_path):
+    first, second = make_model(), make_model()
+    rows = tr.train(first, tokenizer, steps(), loop(tmp_path / "run", max_steps=2))
+    assert tr.train(second, tokenizer, None, loop(tmp_path / "run", max_steps=2)) == rows
+    assert same(first, second)
+
+
+def test_another_precision_goes_on_and_says_so(make_model, tokenizer, tmp_path, capsys):
+    with pytest.raises(TTLError, match="interrupted"):
+        tr.train(make_model(), tokenizer, interrupting(4, 1), loop(tmp_path / "run"))
+    bf16 = Hardware("cpu", "bf16", "sdpa")
+    rows = tr.train(make_model(), tokenizer, steps(), loop(tmp_path / "run", hardware=bf16))
+    assert rows[-1]["step"] == 6
+    said = capsys.readouterr().out
+    assert "going on from step-0000002 (96 tokens seen)" in said
+    assert "precision was fp32 and is bf16 now" in said
+
+
+def test_processes_that_do_not_start_are_missed(monkeypatch):
+    tr.make_accelerator(CPU)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TTLError, match="2 processes were asked for and Accelerate runs 1"):
+        tr.make_accelerator(CPU)
+
+
+# divergence
+
+
+def finite(folder):
+    from safetensors.torch import load_file
+
+    return all(value.isfinite().all() for path in folder.rglob("*.safetensors") for value in load_file(path).values())
+
+
+@pytest.mark.parametrize("cause", ["loss", "gradient", "rate"])
+def test_divergence_stops_the_run_and_poisons_no_checkpoint(make_model, tokenizer, tmp_path, monkeypatch, cause):
+    model, changes = make_model(), {"logging_steps": 4, "save_steps": 2, "max_steps": 12}
+
+    def get_step(step, accelerator):
+        if step == 5 and cause == "gradient":
+            # the loss is a number, the weights after the step are not: nothing but the weights tells
+            model.get_input_embeddings().weight.register_hook(lambda gradient: gradient * math.nan)
+        if step == 5 and cause == "loss":
+            original = tr.summed_loss
+            monkeypatch.setattr(tr, "summed_loss", lambda *inputs: original(*inputs) * math.nan)
+        return steps()(step, accelerator)
+
+    if cause == "rate":
+        changes |= {"learning_rate": 1e30, "save_steps": 1, "lr_scheduler_type": "constant"}
+    folder = tmp_path / "run"
+    with pytest.raises(TTLError, match="training has diverged") as caught:
+        tr.train(model, tokenizer, get_step, loop(folder, **changes))
+    assert "Lower the learning rate" in str(caught.value)
+    kept = checkpoints.list_checkpoints(folder / "checkpoints")
+    if cause != "rate":
+        assert [path.name for path in kept] == ["step-0000002", "step-0000004"]
+        assert "step-0000004" in str(caught.value)
+    assert finite(folder / "checkpoints")
+    for path in kept:
+        checkpoints.check(path)
+    assert not any("nan" in line.lower() for line in (folder / "metrics.jsonl").read_text().splitlines())
+
+
+# pretraining, killed
+
+# imports once, then forks: every child is a whole `pretrain` of its own. Orders come on standard input
+DRIVER = """
+import contextlib, json, os, sys
+from transformers import AutoTokenizer, LlamaForCausalLM
+from ttl_utils import carbon
+from ttl_utils.params import load_params
+from ttl_utils.pretraining import pretrain
+from ttl_utils.run import Run
+
+carbon.track = lambda *_, **__: contextlib.nullcontext(carbon.EnergySession())
+for line in sys.stdin:
+    order = json.loads(line)
+    if "ended" in order:
+        flags = os.WEXITED | os.WNOWAIT | (0 if order["wait"] else os.WNOHANG)
+        found = os.waitid(os.P_PID, order["ended"], flags)
+        killed = found and found.si_code != os.CLD_EXITED
+        print(json.dumps(found and (-found.si_status if killed else found.si_status)), flush=True)
+        continue
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        continue
+    os.environ.update(order["environment"])
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    try:
+        pretrain(Run(load_params(order["parameters"])))
+        os._exit(0)
+    except BaseException as error:
+        print(type(error).__name__, error, flush=True)
+        os._exit(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def driver_process():
+    if not hasattr(os, "fork"):
+        pytest.skip("kills need a POSIX system")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(tr.__file__).parent.parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def driver(driver_process, tmp_path):
+    """`start(parameters, **environment)` -> pid; `wait(pid)` -> its exit code; `until(pid, condition)`; `said()`."""
+    log, started = tmp_path / "log", []
+
+    def send(**order):
+        driver_process.stdin.write(json.dumps(order) + "\n")
+        driver_process.stdin.flush()
+        return json.loads(driver_process.stdout.readline())
+
+    def start(parameters, **environment):
+        environment["TTL_OUTPUTS"] = os.environ["TTL_OUTPUTS"]
+        environment["TTL_CACHE"] = os.environ["TTL_CACHE"]
+        started.append(send(parameters=parameters, environment=environment, log=str(log)))
+        return started[-1]
+
+    def until(pid, condition):
+        while not condition():
+            assert send(ended=pid, wait=False) is None, log.read_text()
+            time.sleep(0.002)
+
+    yield SimpleNamespace(
+        start=start, wait=lambda pid: send(ended=pid, wait=True), until=until, said=lambda: log.read_text()
+    )
+    for pid in started:
+        if send(ended=pid, wait=False) is None:
+            os.kill(pid, signal.SIGKILL)
+
+
+def records_of(run):
+    return tr.read_records(run.folder / "03_pretraining" / "metrics.jsonl")
+
+
+def final_weights(run):
+    return (run.folder / "03_pretraining" / "model" / "model.safetensors").read_bytes()
+
+
+PRETRAINING = {"max_steps": 24, "logging_steps": 1, "save_steps": 3, "eval_steps": 8, "eval_tokens": 256}
+
+
+def test_killed_twice_or_interrupted_the_weights_are_the_same(tiny, tiny_prepared, driver):
+    runs, given = {}, {}
+    for name in ("alone", "killed", "stopped", "ranks"):
+        given[name] = {"file": tiny.file, "run": name, "pretraining": PRETRAINING}
+        runs[name] = tiny_prepared(**{key: value for key, value in given[name].items() if key != "file"})
+    # all at once: each run does the same work, whatever the machine does beside it
+    alone = driver.start(given["alone"])
+
+    choice = random.Random(seed := random.randrange(10**6))
+    print(f"seed {seed}")
+    first = choice.randint(2, 9)
+    for rows in (first, choice.randint(first + 4, 20)):
+        pid = driver.start(given["killed"])
+        driver.until(pid, lambda rows=rows: len(records_of(runs["killed"])) >= rows)
+        time.sleep(choice.random() * 0.02)
+        os.kill(pid, signal.SIGKILL)
+        assert driver.wait(pid) == -signal.SIGKILL
+        assert not (runs["killed"].folder / "03_pretraining" / "manifest.json").exists()
+    pid = driver.start(given["killed"])
+    assert driver.wait(pid) == 0, driver.said()
+
+    pid = driver.start(given["stopped"])
+    driver.until(pid, lambda: len(records_of(runs["stopped"])) >= 5)
+    os.kill(pid, signal.SIGTERM)
+    assert driver.wait(pid) == 3
+    assert "TTLError pretraining: steps was interrupted" in driver.said()
+    newest = checkpoints.newest_whole(runs["stopped"].folder / "03_pretraining" / "checkpoints")
+    assert records_of(runs["stopped"])[-1]["step"] == checkpoints.step_of(newest)
+    assert driver.wait(driver.start(given["stopped"])) == 0, driver.said()
+
+    assert driver.wait(alone) == 0, driver.said()
+    expected = records_of(runs["alone"])
+    timeless = [{key: row[key] for key in row if key != "tokens_per_second"} for row in expected]
+    for name in ("killed", "stopped"):
+        assert final_weights(runs[name]) == final_weights(runs["alone"]), name
+        found = records_of(runs[name])
+        assert [{key: row[key] for key in row if key != "tokens_per_second"} for row in found] == timeless
+        samples = [run.folder / "03_pretraining" / "samples.jsonl" for run in (runs[name], runs["alone"])]
+        assert samples[0].read_text() == samples[1].read_text()
+        assert not list((runs[name].folder / "03_pretraining").rglob("*partial*"))
+    assert [row["step"] for row in expected if "loss" in row] == list(range(1, 25))
+
+
+def test_two_processes_learn_what_one_does_and_stop_together(tiny, tiny_prepared, driver):
+    asked = {"file": tiny.file, "pretraining": {**PRETRAINING, "max_steps": 10}}
+    one, two = (tiny_prepared(run=name, pretraining=asked["pretraining"]) for name in ("one", "two"))
+
+    def together():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        shared |= {"ACCELERATE_USE_CPU": "true"}
+        return [driver.start({**asked, "run": "two"}, **shared, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+
+    alone = driver.start({**asked, "run": "one"})
+    pids = together()
+    driver.until(pids[1], lambda: len(records_of(two)) >= 3)
+    # one of them is told: both stop, at the same step
+    os.kill(pids[1], signal.SIGTERM)
+    assert [driver.wait(pid) for pid in pids] == [3, 3], driver.said()
+    assert [driver.wait(pid) for pid in together()] == [0, 0], driver.said()
+    assert driver.wait(alone) == 0
+    from safetensors.torch import load_file
+
+    weights = [load_file(run.folder / "03_pretraining" / "model" / "model.safetensors") for run in (one, two)]
+    for name in weights[0]:
+        torch.testing.assert_close(*(found[name] for found in weights), rtol=1e-3, atol=1e-4)
+    losses = [[row["loss"] for row in records_of(run) if "loss" in row] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert records_of(one)[-1]["tokens"] == records_of(two)[-1]["tokens"]
+
+
+def test_pretraining_leaves_what_the_contract_says(tiny_prepared, no_energy, capsys):
+    run = tiny_prepared(pretraining={"logging_steps": 5})
+    shown = []
+    stage = pretrain(run, on_record=lambda rows: shown.append(rows[-1]["step"]))
+    metrics = stage.metrics()
+    rows = records_of(run)
+    assert (metrics["steps"], metrics["tokens"]) == (12, 12 * 256)
+    assert metrics["train_loss"] == [row["loss"] for row in rows if "loss" in row][-1]
+    assert metrics["validation_loss"] == rows[-1]["validation_loss"] < metrics["initial_validation_loss"]
+    assert metrics["initial_validation_loss"] == pytest.approx(metrics["uniform_loss"], rel=0.02)
+    assert metrics["validation_perplexity"] == pytest.approx(math.exp(metrics["validation_loss"]), rel=1e-3)
+    assert metrics["epochs"] == pytest.approx(metrics["tokens"] / metrics["unique_tokens"])
+    samples = tr.read_records(stage.folder / "samples.jsonl")
+    assert [(row["step"], row["prompt"]) for row in samples] == [
+        (step, prompt) for step in (0, 4, 8, 12) for prompt in run.params.pretraining.prompts
+    ]
+    assert all(row["text"].startswith(row["prompt"]) for row in samples)
+    assert shown[-1] == 12
+    # a second call reuses it
+    capsys.readouterr()
+    assert pretrain(run).metrics() == metrics
+    assert "reused" in capsys.readouterr().out
+
+
+def test_data_order_is_that_of_the_seed_and_the_step(tiny_prepared):
+    from ttl_utils.pretraining import block_steps, token_blocks
+
+    run = tiny_prepared()
+    blocks = token_blocks(run, "train")
+    alone = block_steps(blocks, run)
+    one, shared = SimpleNamespace(process_index=0, num_processes=1), []
+    for rank in range(2):
+        shared.append(alone(3, SimpleNamespace(process_index=rank, num_processes=2)))
+    step = alone(3, one)
+    again = block_steps(blocks, run)(3, one)
+    rows = torch.cat([batch["input_ids"] for batch in step.micro_batches])
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"])
+        for a, b in zip(step.micro_batches, again.micro_batches, strict=True)
+    )
+    # the processes share the step's rows, and each divides by the targets of all
+    divided = torch.cat([batch["input_ids"] for part in shared for batch in part.micro_batches])
+    assert sorted(rows.tolist()) == sorted(divided.tolist())
+    assert step.targets == shared[0].targets == 4 * 63
+    assert not torch.equal(rows, torch.cat([b["input_ids"] for b in alone(4, one).micro_batches]))

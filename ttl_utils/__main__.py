@@ -1,0 +1,7 @@
+"""`python -m ttl_utils`: the `ttl` command, also under `accelerate launch -m`."""
+
+import sys
+
+from ttl_utils.pipeline import main
+
+sys.exit(main())

@@ -1,0 +1,248 @@
+"""One style for every figure; each is saved with the data behind it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import FuncFormatter, StrMethodFormatter
+
+from ttl_utils import paper
+from ttl_utils.progress import in_notebook
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ttl_utils.run import Run
+
+OURS, LIGHT, PAPER, PAPER_2, GREY = "#1f5fa8", "#8fb8de", "#c8553d", "#e0a458", "#8a8a8a"
+STYLE = {
+    "figure.figsize": (7.2, 3.4),
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+plt.rcParams.update(STYLE)
+
+
+@FuncFormatter
+def _thousands(value: float, _: int) -> str:
+    """Tick labels such as 200k, 1.5M and 10B."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
+
+
+def subplots(columns: int = 1, width: float | None = None, height: float = 3.4) -> tuple[Figure, Any]:
+    return plt.subplots(1, columns, figsize=(width or (7.2 if columns == 1 else 9.6), height))
+
+
+def save(figure: Figure, run: Run, name: str, data: pd.DataFrame) -> Figure:
+    """Write `figures/<name>.png`, `.svg` and the data as `.csv`, and return the figure for the notebook to show."""
+    folder = run.figures
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    data.to_csv(folder / f"{name}.csv", index=False)
+    # closed, so that the notebook shows what the cell returns and not a second copy
+    plt.close(figure)
+    return figure
+
+
+def _bar_labels(axes: Axes, bars: Any, form: str) -> None:
+    axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
+
+
+class LiveCurve:
+    """The loss while a run goes on: one figure that updates in place, at most every `every_s` seconds."""
+
+    def __init__(self, title: str, every_s: float = 5.0):
+        self.title, self.every_s = title, every_s
+        self.handle: Any = None
+        self.next_show = 0.0
+
+    def __call__(self, records: list[dict]) -> None:
+        if not in_notebook() or time.monotonic() < self.next_show:
+            return
+        from IPython.display import display
+
+        figure = loss_curve(records, self.title)
+        plt.close(figure)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        self.next_show = time.monotonic() + self.every_s
+
+
+def loss_curve(records: list[dict], title: str) -> Figure:
+    """Training and validation loss over tokens seen."""
+    rows = pd.DataFrame(records)
+    figure, axes = subplots()
+    if "loss" in rows:
+        trained = rows.dropna(subset="loss")
+        axes.plot(trained.tokens, trained.loss, color=LIGHT, lw=1.2, label="training")
+    if "validation_loss" in rows:
+        held_out = rows.dropna(subset="validation_loss")
+        axes.plot(held_out.tokens, held_out.validation_loss, "o-", color=OURS, ms=4, lw=1.4, label="validation")
+    axes.set(title=title, xlabel="tokens seen", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(_thousands)
+    axes.legend()
+    return figure
+
+
+def sources(run: Run, table: pd.DataFrame) -> Figure:
+    """Characters of each source: learned from, held out, rejected."""
+    figure, axes = subplots(height=0.5 + 0.45 * len(table))
+    left = pd.Series(0.0, index=table.index)
+    parts = {"train_characters": ("training", OURS), "test_characters": ("held out", PAPER_2)}
+    for column, (label, colour) in parts.items():
+        values = table[column].fillna(0)
+        axes.barh(table.source, values, left=left, color=colour, label=label)
+        left += values
+    axes.barh(table.source, (table.characters_in - left).clip(lower=0), left=left, color="#d0d0d0", label="rejected")
+    axes.invert_yaxis()
+    axes.set(title="Text by source", xlabel="characters")
+    axes.xaxis.set_major_formatter(_thousands)
+    figure.legend(loc="outside lower center", ncols=3)
+    return save(figure, run, "01_sources", table)
+
+
+def document_lengths(run: Run, lengths: pd.DataFrame) -> Figure:
+    """Words per document, by kind of text."""
+    figure, axes = subplots()
+    bins = np.geomspace(1, lengths.words.max() + 1, 40)
+    for (kind, found), colour in zip(lengths.groupby("kind"), (PAPER_2, OURS), strict=False):
+        axes.hist(found.words, bins=bins, color=colour, alpha=0.75, label=kind)
+    axes.set(title="Length of documents", xlabel="words per document (log scale)", ylabel="documents", xscale="log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.legend()
+    return save(figure, run, "01_lengths", lengths.groupby("kind").words.describe().reset_index())
+
+
+def tokenizer_efficiency(run: Run, tokens_per_word: float, words: int) -> Figure:
+    """Tokens per word of the published tokenizers (table 1, another text) and ours."""
+    published = paper.table("table1_tokenizers")
+    rows = pd.DataFrame({"tokenizer": published.tokenizer, "tokens_per_word": published.tokens / 7400, "who": "paper"})
+    ours = pd.DataFrame([{"tokenizer": f"ours ({run.name})", "tokens_per_word": tokens_per_word, "who": "ours"}])
+    rows = pd.concat([rows, ours], ignore_index=True)
+    figure, axes = subplots()
+    bars = axes.barh(rows.tokenizer, rows.tokens_per_word, color=[OURS if w == "ours" else PAPER for w in rows.who])
+    _bar_labels(axes, bars, "%.2f")
+    axes.invert_yaxis()
+    axes.set(
+        title=f"Tokens per word: table 1 (7,400 words of another text) and ours ({words:,} held-out words)",
+        xlabel="tokens per word (fewer is better)",
+    )
+    return save(figure, run, "02_efficiency", rows)
+
+
+def pretraining(run: Run, records: list[dict]) -> Figure:
+    """Our loss, and the published one at its own scale beside it."""
+    figure, (left, right) = subplots(2)
+    rows = pd.DataFrame(records)
+    trained, held_out = rows.dropna(subset="loss"), rows.dropna(subset="validation_loss")
+    left.plot(trained.tokens, trained.loss, color=LIGHT, lw=1.2, label="training")
+    left.plot(held_out.tokens, held_out.validation_loss, "o-", color=OURS, ms=4, lw=1.4, label="validation")
+    left.set(title=f"Ours ({run.name})", xlabel="tokens seen", ylabel="loss (nats per token)")
+    smoothed, logged = paper.table("train_loss_smoothed"), paper.table("evaluation_log")
+    for size, colour in (("160m", PAPER_2), ("460m", PAPER)):
+        curve, points = smoothed[smoothed["size"] == size], logged[logged["size"] == size]
+        right.plot(curve.step * 8192, curve.loss, color=colour, lw=1.2, alpha=0.7, label=f"{size}, training")
+        right.plot(points.tokens, points.loss, "o", color=colour, ms=4, label=f"{size}, evaluation")
+    right.set(title="Published (figure 1(a) and logs; another vocabulary)", xlabel="tokens seen")
+    for axes in (left, right):
+        axes.xaxis.set_major_formatter(_thousands)
+        axes.legend()
+    return save(figure, run, "03_loss", rows)
+
+
+def speed(run: Run, records: list[dict]) -> Figure:
+    rows = pd.DataFrame(records).dropna(subset="tokens_per_second")
+    figure, (left, right) = subplots(2, height=2.8)
+    left.plot(rows.step, rows.tokens_per_second, color=OURS, lw=1.2)
+    left.set(title="Throughput", xlabel="step", ylabel="tokens per second", ylim=(0, None))
+    left.yaxis.set_major_formatter(_thousands)
+    right.plot(rows.step, rows.learning_rate, color=OURS, lw=1.4)
+    right.set(title="Learning rate", xlabel="step", ylabel="learning rate")
+    return save(figure, run, "03_speed", rows[["step", "tokens_per_second", "learning_rate"]])
+
+
+def checkpoints(run: Run, rows: list[dict], by_source: dict[str, dict]) -> Figure:
+    """Perplexity over checkpoints, and bits per byte of each source."""
+    table = pd.DataFrame(rows)
+    figure, (left, right) = subplots(2)
+    left.plot(table.tokens, table.perplexity, "o-", color=OURS, ms=4)
+    left.set(
+        title="Held-out text, every checkpoint", xlabel="tokens seen", ylabel="perplexity (log scale)", yscale="log"
+    )
+    left.xaxis.set_major_formatter(_thousands)
+    bits = pd.Series({name: values["bits_per_byte"] for name, values in by_source.items()}).sort_values()
+    _bar_labels(right, right.barh(bits.index, bits.values, color=OURS), "%.2f")
+    right.set(title="Final model, by source", xlabel="bits per byte (fewer is better)")
+    return save(figure, run, "04_perplexity", table)
+
+
+def scores_beside_chance(run: Run, rows: pd.DataFrame) -> Figure:
+    """Each score beside what a constant answer gets; whiskers are one standard error."""
+    figure, axes = subplots(height=0.9 + 0.6 * len(rows))
+    places = range(len(rows))
+    bars = axes.barh([p - 0.2 for p in places], rows.score, 0.38, xerr=rows.stderr, color=OURS, label="ours")
+    axes.barh([p + 0.2 for p in places], rows.constant, 0.38, color="#d0d0d0", label="constant answer")
+    _bar_labels(axes, bars, "%.1f")
+    axes.set_yticks(list(places), rows.task)
+    axes.invert_yaxis()
+    axes.set(title="Scores beside a constant answer", xlabel="score (%); whiskers: one standard error", xlim=(0, 100))
+    figure.legend(loc="outside lower center", ncols=2)
+    return save(figure, run, "04_scores", rows)
+
+
+def chat_curve(run: Run, records: list[dict]) -> Figure:
+    figure = loss_curve(records, "Chat fine-tuning: loss on the answers")
+    return save(figure, run, "05_chat_loss", pd.DataFrame(records))
+
+
+def energy_by_stage(run: Run, totals: pd.DataFrame) -> Figure:
+    figure, axes = subplots(height=0.8 + 0.45 * len(totals))
+    left = pd.Series(0.0, index=totals.index)
+    for part, colour in (("cpu", OURS), ("gpu", PAPER), ("ram", LIGHT)):
+        values = totals[f"{part}_kwh"] * 1000
+        axes.barh(totals.stage, values, left=left, color=colour, label=part.upper())
+        left += values
+    axes.invert_yaxis()
+    axes.set(title="Energy by stage", xlabel="energy (Wh)")
+    figure.legend(loc="outside lower center", ncols=3)
+    return save(figure, run, "06_energy", totals)
+
+
+def perplexity_against_energy(run: Run, rows: pd.DataFrame) -> Figure:
+    """Our checkpoints, and the paper's (table 6 and the 160m's log), each at its own scale."""
+    figure, (left, right) = subplots(2)
+    left.plot(rows.energy_kwh * 1000, rows.perplexity, "o-", color=OURS, ms=4)
+    left.set(title=f"Ours ({run.name})", xlabel="energy (Wh)", ylabel="perplexity (log scale)", yscale="log")
+    logged = paper.table("evaluation_log")
+    for size, colour in (("160m", PAPER_2), ("460m", PAPER)):
+        points = logged[logged["size"] == size]
+        right.plot(points.energy_kwh, points.perplexity, "o-", color=colour, ms=4, label=size)
+    right.set(title="Published (table 6, logs; another vocabulary)", xlabel="energy (kWh)", yscale="log")
+    right.set_yticks([12, 14, 16, 18, 20, 24], labels=["12", "14", "16", "18", "20", "24"])
+    right.minorticks_off()
+    right.legend()
+    return save(figure, run, "06_perplexity_energy", rows)

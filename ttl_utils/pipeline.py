@@ -1,0 +1,252 @@
+"""The `ttl` command: the six notebooks through papermill, in order, reusing what is finished."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ttl_utils.errors import ParameterError, StageConflict, TTLError
+from ttl_utils.params import Params, bundled, load_params, read_file
+from ttl_utils.progress import clock
+from ttl_utils.run import STAGES, Run, Stage, outputs_folder, read_json
+
+
+def overrides(settings: list[str]) -> dict:
+    """`["pretraining.max_steps=50"]` as nested values; the part after `=` is YAML."""
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ParameterError(f"--set {setting!r}: expected section.key=value, as in pretraining.max_steps=50")
+        *path, last = key.split(".")
+        place = given
+        for name in path:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ParameterError(f"--set {setting!r}: {name} was given a value already")
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ParameterError(f"--set {setting!r}: {' '.join(str(error).split())}") from None
+    return given
+
+
+def given_values(arguments: argparse.Namespace) -> dict:
+    """What the command line says, as a notebook's parameters cell would."""
+    size = arguments.size
+    named = {"size": size}
+    if size.endswith((".yaml", ".yml")):
+        # both, since a notebook's own cell says a size
+        named = {
+            "file": str(Path(size).resolve()) if Path(size).is_file() else size,
+            "size": read_file(size).get("size"),
+        }
+    for name in ("run", "base"):
+        if getattr(arguments, name):
+            named[name] = getattr(arguments, name)
+    return {**named, **overrides(arguments.set)}
+
+
+def choose(first: str | None, last: str | None) -> list[str]:
+    """Stage names from `first` to `last`, each named by its number or name."""
+    names = list(STAGES)
+
+    def find(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        for number, name in enumerate(names):
+            if text in (name, name[:2], name[1:2], name[3:]):
+                return number
+        raise ParameterError(f"there is no stage {text!r}; stages: {', '.join(names)}")
+
+    start, stop = find(first, 0), find(last, len(names) - 1)
+    if start > stop:
+        raise ParameterError(f"--from {first} comes after --to {last}")
+    return names[start : stop + 1]
+
+
+def run_notebooks(arguments: argparse.Namespace) -> None:
+    given = given_values(arguments)
+    params = load_params(given)
+    print("\n".join(params.notes), end="\n" if params.notes else "")
+    run, started = Run(params), time.monotonic()
+    for name in choose(arguments.first, arguments.last):
+        stage = run.stage(name)
+        executed = run.folder / "notebooks" / f"{name}.ipynb"
+        try:
+            reused = stage.reuse()
+        except StageConflict:
+            if not arguments.force:
+                raise
+            stage.set_aside()
+            executed.unlink(missing_ok=True)
+            reused = False
+        if reused and executed.is_file():
+            continue
+        execute(run, name, given)
+    run.gather_metrics()
+    run.record()
+    print(f"run {run.name!r} is complete in {run.folder} (this took {clock(time.monotonic() - started)})")
+
+
+def execute(run: Run, name: str, given: dict) -> None:
+    """One notebook through papermill into `notebooks/` of the run; the executed copy is put there when it is whole."""
+    import papermill
+    from papermill.exceptions import PapermillExecutionError
+
+    folder = run.folder / "notebooks"
+    folder.mkdir(parents=True, exist_ok=True)
+    final, partial, failed = (folder / f"{name}{end}.ipynb" for end in ("", ".running", ".failed"))
+    print(f"{name}: running notebooks/{name}.ipynb", flush=True)
+    started = time.monotonic()
+    try:
+        with follow(run.stage(name)):
+            papermill.execute_notebook(
+                bundled("notebooks") / f"{name}.ipynb",
+                partial,
+                parameters=given,
+                progress_bar=False,
+                kernel_name="python3",
+                coalesce_streams=True,
+                # the kernel's own log would land on the terminal; what a cell prints is in the notebook
+                extra_arguments=["--IPKernelApp.log_level=50"],
+            )
+    except PapermillExecutionError as error:
+        os.replace(partial, failed)
+        if error.ename in {cls.__name__ for cls in _all_errors(TTLError)}:
+            raise TTLError(f"{name}: {error.evalue}") from None
+        trace = "\n".join(error.traceback)
+        raise TTLError(f"{name}: {error.ename}: {error.evalue}\n{trace}\nThe notebook so far: {failed}") from None
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, final)
+    failed.unlink(missing_ok=True)
+    print(f"{name}: done in {clock(time.monotonic() - started)}", flush=True)
+
+
+def _all_errors(cls: type) -> Iterator[type]:
+    yield cls
+    for inner in cls.__subclasses__():
+        yield from _all_errors(inner)
+
+
+@contextlib.contextmanager
+def follow(stage: Stage, every_s: float = 2.0) -> Iterator[None]:
+    """Show the stage's status line while its notebook runs: in place on a terminal, now and then in a log."""
+    status, done = stage.folder / "status.json", threading.Event()
+    tty = sys.stdout.isatty()
+
+    def watch() -> None:
+        shown, pause = None, every_s if tty else 30.0
+        while not done.wait(pause):
+            with contextlib.suppress(OSError, TTLError):
+                line = read_json(status)["line"] if status.is_file() else None
+                if line and line != shown:
+                    print(f"\r\033[K  {line}" if tty else f"  {line}", end="" if tty else "\n", flush=True)
+                    shown = line
+        if tty and shown:
+            print("\r\033[K", end="", flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def show_status(arguments: argparse.Namespace) -> None:
+    root = outputs_folder()
+    names = [arguments.run] if arguments.run else sorted(p.parent.name for p in root.glob("*/*/stage.json"))
+    for name in dict.fromkeys(names):
+        if not (root / name).is_dir():
+            raise TTLError(f"there is no run {name!r} in {root}")
+        print(name)
+        for stage in STAGES:
+            folder = root / name / stage
+            if (folder / "manifest.json").is_file():
+                text = f"finished {read_json(folder / 'manifest.json')['finished']}"
+            elif (folder / "status.json").is_file():
+                status = read_json(folder / "status.json")
+                text = f"{status['line']} (as of {clock(time.time() - status['time'])} ago)"
+            else:
+                text = "begun" if (folder / "stage.json").is_file() else "not made"
+            print(f"  {stage:18} {text}")
+    if not names:
+        print(f"no runs in {root}")
+
+
+def pretrain_without_notebook(arguments: argparse.Namespace) -> None:
+    from ttl_utils.pretraining import pretrain
+
+    pretrain(Run(load_params(given_values(arguments))))
+
+
+def show_plan(arguments: argparse.Namespace) -> None:
+    from ttl_utils.model import count_parameters, flops_per_token, parameters_by_part
+    from ttl_utils.planning import TOKENS_PER_PARAMETER, chinchilla_loss
+
+    params: Params = load_params(given_values(arguments))
+    vocab_size, tokens = params.tokenizer.vocab_size, params.pretraining.max_steps * params.pretraining.tokens_per_step
+    count = count_parameters(params.model, vocab_size)
+    for part, number in parameters_by_part(params.model, vocab_size).items():
+        print(f"{part:18} {number:>15,}")
+    print(f"{'parameters':18} {count:>15,}")
+    print(f"{'tokens':18} {tokens:>15,}  ({tokens / count:.1f} per parameter; the rule: {TOKENS_PER_PARAMETER})")
+    flops = flops_per_token(params.model, vocab_size)
+    print(f"{'FLOPs per token':18} {flops['convention']:>15.3e}  (executed: {flops['executed']:.3e})")
+    print(f"{'FLOPs in all':18} {flops['convention'] * tokens:>15.3e}")
+    print(f"{'Chinchilla loss':18} {chinchilla_loss(count, tokens):>15.2f}  (by the law as the paper prints it)")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="ttl", description="TeenyTinyLlama, step by step: see README.md")
+    commands = made.add_subparsers(dest="command", required=True)
+
+    def sized(name: str, call: Any, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("size", help="nano, 40m, 160m, 460m, or the path of a parameter file")
+        command.add_argument("--run", help="the run's name and folder; default: the size")
+        command.add_argument("--base", help="a run whose finished stages are used where they are the same")
+        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
+        command.set_defaults(call=call)
+        return command
+
+    run = sized("run", run_notebooks, "run the notebooks, reusing what is finished")
+    run.add_argument("--from", dest="first", metavar="STAGE", help="first stage, as in 03")
+    run.add_argument("--to", dest="last", metavar="STAGE", help="last stage, as in 05")
+    run.add_argument("--force", action="store_true", help="move a stage made otherwise aside, and make it anew")
+    sized("pretrain", pretrain_without_notebook, "stage 03 without its notebook: same folder, same weights")
+    sized("plan", show_plan, "parameters, tokens and FLOPs of a size")
+    status = commands.add_parser("status", help="what is made, and what is under way")
+    status.add_argument("run", nargs="?")
+    status.set_defaults(call=show_status)
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.call(arguments)
+    except TTLError as error:
+        print(f"\nttl: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nttl: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Tables that notebooks show: parameters with the paper's values beside them, versions, and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from ttl_utils import paper
+from ttl_utils.params import Params, load_params
+from ttl_utils.run import Run, code_version, machine, versions
+
+# where our files for the paper's sizes hold our choice, what the paper did
+PAPER_DIFFERS = {
+    "pretraining.decay_norms": "true, in effect",
+    "tokenizer.append_eos": "false",
+    "pretraining.resumable_checkpoints": "",
+    "pretraining.eval_tokens": "about 1% of the data",
+    "data.test_share": "about 1%",
+    "seed": "",
+}
+# keys of ours that the paper has no value for
+OURS_ONLY = ("data.", "carbon.measure", "tokenizer.character", "tokenizer.max_", "tokenizer.parity", "tokenizer.shard")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(item.get("name", item)) if isinstance(item, dict) else str(item) for item in value)
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+def parameters(params: Params, *sections: str) -> pd.io.formats.style.Styler:
+    """The resolved values of these sections, the paper's beside them, and where each of ours came from."""
+    published = {size: load_params({"size": size}).flat() for size in paper.SIZES}
+    rows = []
+    for key, value in params.flat().items():
+        if key.split(".")[0] not in sections or key.startswith("data.filters."):
+            continue
+        row = {"parameter": key, "value": _short(value)}
+        for size, values in published.items():
+            ours_only = key.startswith(OURS_ONLY) and key not in PAPER_DIFFERS
+            row[f"paper, {size}"] = "" if ours_only else PAPER_DIFFERS.get(key, _short(values.get(key, "")))
+        rows.append({**row, "from": params.origins.get(key, params.origins.get(key.split(".")[0], ""))})
+    return paper.style(pd.DataFrame(rows))
+
+
+def environment(run: Run) -> str:
+    """What the numbers of this notebook were made with, in a few lines."""
+    code, found = code_version(), machine()
+    commit = (code["commit"] or "no git checkout")[:12] + ("" if code["clean"] in (True, None) else ", with changes")
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        f"run {run.name!r} in {run.folder.name}/; code {commit}; Python {found['python']}\n"
+        f"{found['processor']}, {found['cores']} cores, {found['memory_gib']} GiB; {found['system']}\n{packages}"
+    )
+
+
+def is_paper_configuration(params: Params) -> str | None:
+    """The published size whose configuration this is, or None: then nothing of ours compares with the paper's."""
+    flat = {**params.model.model_dump(), **params.pretraining.model_dump(), "vocab_size": params.tokenizer.vocab_size}
+    return paper.is_paper_configuration({key: flat[key] for key in paper.CONFIGURATION})
+
+
+def against_paper(run: Run, ours: dict[str, Any], metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Our figures beside the published ones with a verdict; a verdict needs the paper's own configuration."""
+    size = is_paper_configuration(run.params)
+    return paper.compare(ours, size or run.params.size, size is not None, metrics)
+
+
+def conflicts(*topics: str) -> pd.io.formats.style.Styler:
+    """Where the published material contradicts itself on these topics: both figures, smoothed over by nobody."""
+    rows = pd.concat([paper.conflicts(topic) for topic in topics], ignore_index=True)
+    return paper.style(rows[["topic", "size", "figure_a", "source_a", "figure_b", "source_b", "note"]])
+
+
+def downstream(metrics: dict[str, Any]) -> pd.DataFrame:
+    """A row per classification set that was run: best and last epoch beside the constant answer."""
+    return pd.DataFrame(
+        {
+            "task": name,
+            "accuracy": found["accuracy"],
+            "accuracy, last epoch": found["last_epoch"]["accuracy"],
+            "accuracy, constant": found["constant_answer"]["accuracy"],
+            "macro-F1": found["macro_f1"],
+            "macro-F1, constant": found["constant_answer"]["macro_f1"],
+            "test examples": found["test_examples"],
+            "standard error": found["stderr"],
+        }
+        for name, found in metrics["downstream"].items()
+        if "accuracy" in found
+    )
+
+
+def harness(metrics: dict[str, Any]) -> pd.DataFrame:
+    """A row per task of the harness, run or not."""
+    columns = ["task", "status", "num_fewshot", "metric", "value", "stderr", "samples", "chance", "constant_answer"]
+    rows = pd.DataFrame(metrics["harness"].values()).reindex(columns=[*columns, "reason"])
+    return rows.dropna(axis="columns", how="all")
+
+
+def scores(metrics: dict[str, Any]) -> pd.DataFrame:
+    """Every score in percent with its standard error, beside a constant answer's."""
+    rows = [
+        (row["task"], row["value"], row["stderr"], row["constant_answer"] or row["chance"])
+        for row in metrics["harness"].values()
+        if row["status"] == "done"
+    ]
+    rows += [
+        (name, found["accuracy"], found["stderr"], found["constant_answer"]["accuracy"])
+        for name, found in metrics["downstream"].items()
+        if "accuracy" in found
+    ]
+    table = pd.DataFrame(rows, columns=["task", "score", "stderr", "constant"])
+    return table.assign(**{name: 100 * table[name].astype(float) for name in ("score", "stderr", "constant")})
+
+
+def published_scores(metrics: dict[str, Any]) -> dict[str, float | None]:
+    """Our scores in percent under the names of the paper's tables 4 and 5; None where the real set was not run."""
+    tasks = {"arc": "arc_pt", "hellaswag": "hellaswag_pt", "mmlu": "m_mmlu_pt", "truthfulqa": "truthfulqa_pt_mc2"}
+    ours: dict[str, float | None] = {}
+    for name, task in tasks.items():
+        row = metrics["harness"].get(task, {})
+        real = row.get("status") == "done" and not row["from_mirror"]
+        ours[f"harness_{name}"] = 100 * row["value"] if real else None
+    for name in ("imdb", "faquad_nli", "hatebr", "assin2", "agnews"):
+        found = metrics["downstream"].get(name, {})
+        ours[f"downstream_{name}"] = 100 * found["accuracy"] if "accuracy" in found else None
+    return ours
