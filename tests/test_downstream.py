@@ -15,7 +15,7 @@ from ttl_utils import downstream as ds
 from ttl_utils.checkpoints import save_pretrained
 from ttl_utils.errors import TTLError
 from ttl_utils.model import Hardware, new_model
-from ttl_utils.params import Downstream
+from ttl_utils.schema import Downstream
 from ttl_utils.tokenizer import load_tokenizer
 
 # two threads that wait for each other cost more than such small matrices

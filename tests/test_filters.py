@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttl_utils.filters import SeenTexts, clean, digest, is_held_out, mask, rejection, unit_key
-from ttl_utils.params import Filter
+from ttl_utils.schema import Filter
 
 LOOSE = Filter(
     min_words=1,

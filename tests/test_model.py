@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ttl_utils import model as md
 from ttl_utils.errors import ParameterError
-from ttl_utils.params import Model, load_params
+from ttl_utils.params import load_params
+from ttl_utils.schema import Model
 
 MODEL = load_params({}).model
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ttl_utils.params import PARAMETER_NAMES, SECTIONS
 from ttl_utils.run import STAGES
+from ttl_utils.schema import PARAMETER_NAMES, SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -19,7 +19,8 @@ from papermill.translators import PythonTranslator
 from ttl_utils import params as module
 from ttl_utils.errors import ParameterError, TTLError
 from ttl_utils.model import count_parameters
-from ttl_utils.params import PARAMETER_NAMES, SECTIONS, bundled, load_params, sizes
+from ttl_utils.params import bundled, load_params, sizes
+from ttl_utils.schema import PARAMETER_NAMES, SECTIONS
 
 SIZES = ("nano", "40m", "160m", "460m")
 RAW = {size: yaml.safe_load((bundled("params") / f"{size}.yaml").read_text(encoding="utf-8")) for size in SIZES}

@@ -19,9 +19,10 @@ from pydantic import BaseModel
 from ttl_utils import progress as progress_module
 from ttl_utils import run as module
 from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, StageConflict, TTLError
-from ttl_utils.params import SECTIONS, Params, load_params, project_root
+from ttl_utils.params import Params, load_params, project_root
 from ttl_utils.progress import Progress, clock
 from ttl_utils.run import STAGES, Run, Stage, outputs_folder, read_json, write_json, write_text
+from ttl_utils.schema import SECTIONS
 
 THIS, OTHER = "a" * 40, "b" * 40
 NANO = load_params({})

@@ -17,8 +17,8 @@ from tests.tiny import COLUMNS, PETROGOLD_SENTENCES, TWEETS, conllu, table, whee
 from ttl_utils import grouping, wheels
 from ttl_utils.errors import SourceError
 from ttl_utils.filters import mask, unit_key
-from ttl_utils.params import Source
 from ttl_utils.run import sha256
+from ttl_utils.schema import Source
 
 
 def source(reader: str, package: str, digest: str, version: str = "2.0.5") -> Source:

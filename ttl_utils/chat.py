@@ -19,8 +19,8 @@ from ttl_utils.corpus import documents
 from ttl_utils.errors import TTLError
 from ttl_utils.evaluation import load_model
 from ttl_utils.model import choose_hardware
-from ttl_utils.params import Chat
 from ttl_utils.run import Run, Stage, write_json
+from ttl_utils.schema import Chat
 from ttl_utils.tokenizer import load_tokenizer
 from ttl_utils.training import IGNORED, Loop, Step, summed_loss, train
 

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from ttl_utils import filters, hub, wheels
 from ttl_utils.errors import SourceError
-from ttl_utils.params import Source
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
+from ttl_utils.schema import Source
 
 _TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
 _COMMON = [("text", pa.string()), ("source", pa.string()), ("kind", pa.string()), ("licence", pa.string())]

@@ -16,9 +16,9 @@ from ttl_utils import hub
 from ttl_utils.checkpoints import save_pretrained
 from ttl_utils.corpus import documents
 from ttl_utils.errors import SourceError, TTLError
-from ttl_utils.params import Downstream
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
+from ttl_utils.schema import Downstream
 from ttl_utils.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import sqlite3
 import unicodedata
 from pathlib import Path
 
-from ttl_utils.params import Filter
+from ttl_utils.schema import Filter
 
 # the stop words that FineWeb-2 uses for Portuguese, in the rule of Gopher (Rae et al. 2021)
 STOP_WORDS = frozenset(

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ttl_utils.errors import ParameterError
-from ttl_utils.params import Model, Optimisation
+from ttl_utils.schema import Model, Optimisation
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ from ttl_utils.blocks import TokenWriter
 from ttl_utils.corpus import documents
 from ttl_utils.errors import TTLError
 from ttl_utils.filters import is_held_out
-from ttl_utils.params import Tokenizer
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage, write_text
+from ttl_utils.schema import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

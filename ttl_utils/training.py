@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from ttl_utils import checkpoints
 from ttl_utils.errors import TTLError
 from ttl_utils.model import Hardware
-from ttl_utils.params import Optimisation
 from ttl_utils.progress import Progress
+from ttl_utils.schema import Optimisation
 
 IGNORED = -100
 

@@ -19,8 +19,8 @@ import yaml
 from ttl_utils.errors import SourceError
 from ttl_utils.filters import clean, mask
 from ttl_utils.grouping import group_contained, group_conversations
-from ttl_utils.params import Data, Source
 from ttl_utils.run import sha256
+from ttl_utils.schema import Data, Source
 
 # preposition and article, written apart in some news sentences where the newspaper wrote them as one word
 _ARTICLES = "[oa]s?|el[ea]s?|est[ea]s?|ess[ea]s?|isto|isso|aquel[ea]s?|aquilo"

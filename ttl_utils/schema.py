@@ -1,0 +1,287 @@
+"""The schema of the parameters: every section's keys, their types, and which of them change a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SECTIONS = ("data", "tokenizer", "model", "pretraining", "evaluation", "chat", "carbon")
+PARAMETER_NAMES = ("size", "file", "run", "base", "seed", *SECTIONS)
+
+# a key that may change while a stage is under way or finished: it does not change the stage's result
+FREE = {"identity": False}
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def free(default: Any = ..., **constraints: Any) -> Any:
+    return Field(default, json_schema_extra=FREE, **constraints)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def identity(self) -> dict:
+        """The keys that decide the stage's result, as plain data."""
+        kept = {}
+        for name, field in type(self).model_fields.items():
+            if (field.json_schema_extra or {}).get("identity", True):
+                kept[name] = _plain(getattr(self, name))
+        return kept
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.identity()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
+
+
+class Filter(Section):
+    """Thresholds of the basic cleaning for one kind of text."""
+
+    min_words: int
+    max_words: Positive
+    min_mean_word_length: float
+    max_mean_word_length: float
+    min_letter_words: Share
+    max_symbols_per_word: float
+    min_stop_words: int
+
+
+class Source(Section):
+    """One place where text comes from: a wheel of the package index, or a data set of the hub."""
+
+    name: str
+    use: Literal["corpus", "chat", "downstream"]
+    kind: Literal["plain", "instruction"]
+    filter: str
+    licence: str
+    limit: Positive | None = None
+    # a wheel, read as a data archive
+    package: str | None = None
+    version: str | None = None
+    sha256: str | None = None
+    reader: str | None = None
+    # a data set of the hub
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    column: str | None = None
+    origin_column: str | None = None
+    instruction_pattern: str | None = None
+
+    @model_validator(mode="after")
+    def one_origin(self) -> Source:
+        wheel, hub = (
+            (self.package, self.version, self.sha256, self.reader),
+            (self.dataset, self.split, self.column),
+        )
+        if not (all(wheel) and not any(hub)) and not (all(hub) and not any(wheel)):
+            raise ValueError(
+                f"source {self.name!r} needs either package, version, sha256 and reader (a wheel) "
+                "or dataset, split and column (the hub)"
+            )
+        return self
+
+
+class Data(Section):
+    sources: list[Source] = Field(min_length=1)
+    filters: dict[str, Filter]
+    test_share: Share
+    passage_sentences: Positive
+    instruction_copies: Positive
+    shard_mb: Positive = free()
+
+    @model_validator(mode="after")
+    def known_filters(self) -> Data:
+        for source in self.sources:
+            if source.filter not in self.filters:
+                known = ", ".join(self.filters)
+                raise ValueError(f"source {source.name!r} names filter {source.filter!r}; known filters: {known}")
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError("two sources have the same name")
+        return self
+
+
+class Tokenizer(Section):
+    vocab_size: Annotated[int, Field(ge=300, le=65_000)]
+    train_samples: Positive
+    character_coverage: Share
+    max_sentence_length: Positive
+    split_digits: bool
+    append_eos: bool
+    efficiency_words: Positive
+    parity_documents: Positive | None = free()
+    shard_tokens: Positive = free()
+
+
+class Model(Section):
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    max_position_embeddings: Annotated[int, Field(ge=8)]
+    rope_theta: float
+    rms_norm_eps: float
+    initializer_range: float
+    tie_word_embeddings: bool
+
+    @model_validator(mode="after")
+    def heads_divide(self) -> Model:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError("hidden_size / num_attention_heads must be even: rotary embeddings turn pairs")
+        return self
+
+
+class Optimisation(Section):
+    """What the training loop needs, for pretraining and for chat alike."""
+
+    tokens_per_step: Positive
+    per_device_train_batch_size: Positive = free()
+    learning_rate: Annotated[float, Field(gt=0)]
+    lr_scheduler_type: Literal["cosine", "linear", "constant"]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    adam_beta1: Share
+    adam_beta2: Share
+    adam_epsilon: float
+    weight_decay: Annotated[float, Field(ge=0)]
+    decay_norms: bool
+    max_grad_norm: Annotated[float, Field(gt=0)] | None
+    device: Literal["auto", "cpu", "cuda", "mps"] = free()
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = free()
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = free()
+    compile: bool = free()
+    logging_steps: Positive = free()
+    save_steps: Positive = free()
+    resumable_checkpoints: Positive = free()
+
+
+class Pretraining(Optimisation):
+    max_steps: Positive
+    eval_steps: Positive = free()
+    eval_tokens: Positive | None = free()
+    prompts: list[str] = free()
+    max_new_tokens: Positive = free()
+
+
+class Task(Section):
+    name: str
+    num_fewshot: Annotated[int, Field(ge=0)]
+
+
+class Downstream(Section):
+    """A text classification set: either a `use: downstream` source of stage 01, or a set of the hub."""
+
+    name: str
+    source: str | None = None
+    dataset: str | None = None
+    config: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    text: str
+    label: str
+    max_length: Positive
+
+    @model_validator(mode="after")
+    def one_origin(self) -> Downstream:
+        if (self.source is None) == (self.dataset is None):
+            raise ValueError(f"downstream {self.name!r} needs either source (of stage 01) or dataset (of the hub)")
+        if self.dataset is not None and not (self.train_split and self.test_split):
+            raise ValueError(f"downstream {self.name!r} needs train_split and test_split")
+        return self
+
+
+class Evaluation(Section):
+    harness: list[Task]
+    harness_limit: Positive | None
+    downstream: list[Downstream]
+    downstream_epochs: Positive
+    downstream_batch_size: Positive
+    downstream_learning_rate: Annotated[float, Field(gt=0)]
+    downstream_weight_decay: Annotated[float, Field(ge=0)]
+    batch_size: Positive = free()
+
+
+class Chat(Optimisation):
+    user_open: str
+    user_close: str
+    num_train_epochs: Positive
+    prompts: list[str]
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(gt=0)]
+    top_k: Positive
+    top_p: Share
+    repetition_penalty: Annotated[float, Field(gt=0)]
+
+
+class Carbon(Section):
+    country_iso_code: Annotated[str, Field(min_length=3, max_length=3)]
+    carbon_intensity_g_per_kwh: Annotated[float, Field(gt=0)] | None
+    pue: Annotated[float, Field(ge=1)]
+    measure_power_s: Annotated[float, Field(gt=0)] = free()
+
+
+class Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    file: str
+    size: str
+    run: str | None
+    base: str | None
+    seed: int
+    data: Data
+    tokenizer: Tokenizer
+    model: Model
+    pretraining: Pretraining
+    evaluation: Evaluation
+    chat: Chat
+    carbon: Carbon
+
+    @model_validator(mode="after")
+    def sections_fit(self) -> Parameters:
+        context = self.model.max_position_embeddings
+        for name in ("pretraining", "chat"):
+            section = getattr(self, name)
+            micro = section.per_device_train_batch_size * context
+            if section.tokens_per_step % micro:
+                raise ValueError(
+                    f"{name}.tokens_per_step {section.tokens_per_step} is not a multiple of "
+                    f"{name}.per_device_train_batch_size x model.max_position_embeddings "
+                    f"({section.per_device_train_batch_size} x {context} = {micro})"
+                )
+        for item in self.evaluation.downstream:
+            if item.max_length > context:
+                raise ValueError(
+                    f"evaluation.downstream {item.name!r}: max_length {item.max_length} is longer than "
+                    f"model.max_position_embeddings {context}"
+                )
+            if item.source and item.source not in [s.name for s in self.data.sources if s.use == "downstream"]:
+                raise ValueError(
+                    f"evaluation.downstream {item.name!r}: no source of data.sources with use: downstream "
+                    f"is named {item.source!r}"
+                )
+        # the size is the folder's name where no run is named
+        for name in ("size", "run", "base"):
+            value = getattr(self, name)
+            if value is not None and (not value or Path(value).name != value or value.startswith(".")):
+                raise ValueError(f"{name} {value!r} is not a plain folder name")
+        return self
