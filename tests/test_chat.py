@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from ttl_utils import chat as ch
 from ttl_utils.errors import TTLError
+from ttl_utils.files import read_json
 from ttl_utils.model import Hardware, new_model
 from ttl_utils.params import load_params
 from ttl_utils.pretraining import pretrain
-from ttl_utils.run import read_json
 from ttl_utils.tokenizer import load_tokenizer
 from ttl_utils.training import IGNORED, read_records, summed_loss
 

@@ -19,9 +19,9 @@ from tests.tiny import CONVERSATIONS, TWEETS, write_wheel
 from ttl_utils import corpus, hub, wheels
 from ttl_utils.corpus import SCHEMAS, SIDES, ShardWriter, documents, prepare_corpus
 from ttl_utils.errors import MissingStage, SourceError
+from ttl_utils.files import sha256
 from ttl_utils.filters import unit_key
 from ttl_utils.params import read_file
-from ttl_utils.run import sha256
 
 pytestmark = pytest.mark.usefixtures("no_energy")
 

@@ -16,10 +16,10 @@ from ttl_utils.blocks import TokenBlocks, TokenWriter
 from ttl_utils.checkpoints import list_checkpoints
 from ttl_utils.corpus import documents
 from ttl_utils.errors import MissingStage, TTLError
+from ttl_utils.files import read_json
 from ttl_utils.model import Hardware, new_model
 from ttl_utils.params import load_params
 from ttl_utils.pretraining import pretrain
-from ttl_utils.run import read_json
 from ttl_utils.tokenizer import load_tokenizer
 
 # two threads that wait for each other cost more than such small matrices

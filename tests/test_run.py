@@ -17,11 +17,13 @@ import pytest
 from pydantic import BaseModel
 
 from ttl_utils import progress as progress_module
+from ttl_utils import provenance
 from ttl_utils import run as module
 from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, StageConflict, TTLError
+from ttl_utils.files import read_json, write_json, write_text
 from ttl_utils.params import Params, load_params, project_root
 from ttl_utils.progress import Progress, clock
-from ttl_utils.run import STAGES, Run, Stage, outputs_folder, read_json, write_json, write_text
+from ttl_utils.run import STAGES, Run, Stage, outputs_folder
 from ttl_utils.schema import SECTIONS
 
 THIS, OTHER = "a" * 40, "b" * 40
@@ -412,7 +414,8 @@ import contextlib
 energy.track, energy.EnergySession = (lambda *_, **__: contextlib.nullcontext()), object
 sys.modules["ttl_utils.carbon"] = energy
 from ttl_utils.params import load_params
-from ttl_utils.run import Run, write_text
+from ttl_utils.files import write_text
+from ttl_utils.run import Run
 stage = Run(load_params({})).stage("01_data")
 with stage.work():
     write_text(stage.folder / "half.txt", "half")
@@ -544,7 +547,7 @@ def test_an_interrupted_write_leaves_nothing_half_written(tmp_path, monkeypatch,
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from ttl_utils.run import write_text
+from ttl_utils.files import write_text
 os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
 write_text(Path(sys.argv[1]), "new " * 99999)
 """
@@ -688,12 +691,12 @@ def test_the_status_file_goes_when_the_stage_is_finished():
 
 def test_the_codes_version_is_the_checkouts(tmp_path, monkeypatch):
     monkeypatch.undo()
-    version = module.code_version.__wrapped__
-    monkeypatch.setattr(module, "project_root", lambda: None)
+    version = provenance.code_version.__wrapped__
+    monkeypatch.setattr(provenance, "project_root", lambda: None)
     assert version() == {"commit": None, "clean": None}
     root = tmp_path / "checkout"
     root.mkdir()
-    monkeypatch.setattr(module, "project_root", lambda: root)
+    monkeypatch.setattr(provenance, "project_root", lambda: root)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     assert version() == {"commit": None, "clean": None}
 

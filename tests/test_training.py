@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -21,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttl_utils import checkpoints
+from ttl_utils import carbon, checkpoints
 from ttl_utils import training as tr
 from ttl_utils.errors import TTLError
 from ttl_utils.model import Hardware, new_model
@@ -393,8 +394,7 @@ carbon.track = lambda *_, **__: contextlib.nullcontext(carbon.EnergySession())
 for line in sys.stdin:
     order = json.loads(line)
     if "ended" in order:
-        flags = os.WEXITED | os.WNOWAIT | (0 if order["wait"] else os.WNOHANG)
-        found = os.waitid(os.P_PID, order["ended"], flags)
+        found = os.waitid(os.P_PID, order["ended"], os.WEXITED | os.WNOWAIT | os.WNOHANG)
         killed = found and found.si_code != os.CLD_EXITED
         print(json.dumps(found and (-found.si_status if killed else found.si_status)), flush=True)
         continue
@@ -429,7 +429,7 @@ def driver_process():
 
 @pytest.fixture
 def driver(driver_process, tmp_path):
-    """`start(parameters, **environment)` -> pid; `wait(pid)` -> its exit code; `until(pid, condition)`; `said()`."""
+    """`start(parameters, **environment)` -> pid; `until(pid, condition)` -> its exit code, if it ended; `said()`."""
     log, started = tmp_path / "log", []
 
     def send(**order):
@@ -443,16 +443,18 @@ def driver(driver_process, tmp_path):
         started.append(send(parameters=parameters, environment=environment, log=str(log)))
         return started[-1]
 
-    def until(pid, condition):
+    def until(pid, condition=lambda: False):
+        """Wait until it holds, or the process has ended; its exit code then."""
+        end = time.monotonic() + 60
         while not condition():
-            assert send(ended=pid, wait=False) is None, log.read_text()
+            if (code := send(ended=pid)) is not None:
+                return code
+            assert time.monotonic() < end, f"not in a minute: {log.read_text()}"
             time.sleep(0.002)
 
-    yield SimpleNamespace(
-        start=start, wait=lambda pid: send(ended=pid, wait=True), until=until, said=lambda: log.read_text()
-    )
+    yield SimpleNamespace(start=start, until=until, said=lambda: log.read_text())
     for pid in started:
-        if send(ended=pid, wait=False) is None:
+        if send(ended=pid) is None:
             os.kill(pid, signal.SIGKILL)
 
 
@@ -480,24 +482,24 @@ def test_killed_twice_or_interrupted_the_weights_are_the_same(tiny, tiny_prepare
     first = choice.randint(2, 9)
     for rows in (first, choice.randint(first + 4, 20)):
         pid = driver.start(given["killed"])
-        driver.until(pid, lambda rows=rows: len(records_of(runs["killed"])) >= rows)
+        assert driver.until(pid, lambda rows=rows: len(records_of(runs["killed"])) >= rows) is None, driver.said()
         time.sleep(choice.random() * 0.02)
         os.kill(pid, signal.SIGKILL)
-        assert driver.wait(pid) == -signal.SIGKILL
+        assert driver.until(pid) == -signal.SIGKILL
         assert not (runs["killed"].folder / "03_pretraining" / "manifest.json").exists()
     pid = driver.start(given["killed"])
-    assert driver.wait(pid) == 0, driver.said()
+    assert driver.until(pid) == 0, driver.said()
 
     pid = driver.start(given["stopped"])
-    driver.until(pid, lambda: len(records_of(runs["stopped"])) >= 5)
+    assert driver.until(pid, lambda: len(records_of(runs["stopped"])) >= 5) is None, driver.said()
     os.kill(pid, signal.SIGTERM)
-    assert driver.wait(pid) == 3
+    assert driver.until(pid) == 3
     assert "TTLError pretraining: steps was interrupted" in driver.said()
     newest = checkpoints.newest_whole(runs["stopped"].folder / "03_pretraining" / "checkpoints")
     assert records_of(runs["stopped"])[-1]["step"] == checkpoints.step_of(newest)
-    assert driver.wait(driver.start(given["stopped"])) == 0, driver.said()
+    assert driver.until(driver.start(given["stopped"])) == 0, driver.said()
 
-    assert driver.wait(alone) == 0, driver.said()
+    assert driver.until(alone) == 0, driver.said()
     expected = records_of(runs["alone"])
     timeless = [{key: row[key] for key in row if key != "tokens_per_second"} for row in expected]
     for name in ("killed", "stopped"):
@@ -524,12 +526,12 @@ def test_two_processes_learn_what_one_does_and_stop_together(tiny, tiny_prepared
 
     alone = driver.start({**asked, "run": "one"})
     pids = together()
-    driver.until(pids[1], lambda: len(records_of(two)) >= 3)
+    assert driver.until(pids[1], lambda: len(records_of(two)) >= 3) is None, driver.said()
     # one of them is told: both stop, at the same step
     os.kill(pids[1], signal.SIGTERM)
-    assert [driver.wait(pid) for pid in pids] == [3, 3], driver.said()
-    assert [driver.wait(pid) for pid in together()] == [0, 0], driver.said()
-    assert driver.wait(alone) == 0
+    assert [driver.until(pid) for pid in pids] == [3, 3], driver.said()
+    assert [driver.until(pid) for pid in together()] == [0, 0], driver.said()
+    assert driver.until(alone) == 0
     from safetensors.torch import load_file
 
     weights = [load_file(run.folder / "03_pretraining" / "model" / "model.safetensors") for run in (one, two)]
@@ -562,6 +564,22 @@ def test_pretraining_leaves_what_the_contract_says(tiny_prepared, no_energy, cap
     capsys.readouterr()
     assert pretrain(run).metrics() == metrics
     assert "reused" in capsys.readouterr().out
+
+
+def test_energy_is_that_of_all_sessions(tiny_prepared, monkeypatch):
+    session = carbon.EnergySession()
+    session.energy_kwh, session.emissions_kg, session.duration_s = 0.5, 0.2, 30.0
+    monkeypatch.setattr(carbon, "track", lambda *_, **__: contextlib.nullcontext(session))
+    asked = []
+    monkeypatch.setattr(carbon, "stage_energy", lambda *place: asked.append(place) or (1.0, 0.4, 60.0))
+    run = tiny_prepared(pretraining={"max_steps": 2})
+    stage = pretrain(run)
+    metrics = stage.metrics()
+    assert (metrics["energy_kwh"], metrics["emissions_kg"], metrics["duration_s"]) == pytest.approx((1.5, 0.6, 90.0))
+    assert {row["energy_kwh"] for row in records_of(run)} == {1.5}
+    state = json.loads((stage.folder / "checkpoints" / "step-0000002" / "state.json").read_text())
+    assert state["energy_kwh"] == 1.5
+    assert asked == [(run.folder / "energy.jsonl", "03_pretraining")]
 
 
 def test_data_order_is_that_of_the_seed_and_the_step(tiny_prepared):

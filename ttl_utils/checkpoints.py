@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttl_utils.errors import DamagedFile
-from ttl_utils.run import sha256, write_json
+from ttl_utils.files import sha256, write_json
 
 if TYPE_CHECKING:
     import torch

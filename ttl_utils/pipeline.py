@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from ttl_utils.errors import ParameterError, StageConflict, TTLError
+from ttl_utils.files import read_json
 from ttl_utils.params import Params, bundled, load_params, read_file
 from ttl_utils.progress import clock
-from ttl_utils.run import STAGES, Run, Stage, outputs_folder, read_json
+from ttl_utils.run import STAGES, Run, Stage, outputs_folder
 
 
 def overrides(settings: list[str]) -> dict:

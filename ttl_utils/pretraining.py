@@ -15,8 +15,9 @@ from ttl_utils import carbon
 from ttl_utils.blocks import TokenBlocks, step_indices
 from ttl_utils.checkpoints import save_pretrained
 from ttl_utils.evaluation import perplexity
+from ttl_utils.files import write_text
 from ttl_utils.model import choose_hardware, count_parameters, flops_per_token, new_model
-from ttl_utils.run import Run, Stage, write_text
+from ttl_utils.run import Run, Stage
 from ttl_utils.tokenizer import load_tokenizer
 from ttl_utils.training import Loop, Step, read_records, train
 

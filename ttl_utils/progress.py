@@ -38,7 +38,6 @@ class Progress:
         self.every_s = every_s if in_notebook() or sys.stderr.isatty() else 10 * every_s
         self.next_show = 0.0
         self.handle: Any = None
-        self.figure: Any = None
 
     def __enter__(self) -> Progress:
         return self

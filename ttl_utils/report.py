@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 
 from ttl_utils import carbon, paper
-from ttl_utils.run import STAGES, Run, Stage, write_text
+from ttl_utils.files import write_text
+from ttl_utils.run import STAGES, Run, Stage
 from ttl_utils.training import read_records
 
 

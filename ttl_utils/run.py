@@ -7,21 +7,19 @@ import errno
 import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from functools import cache, cached_property
-from importlib import metadata
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, StageConflict, TTLError
+from ttl_utils.files import read_json, sha256, write_json
 from ttl_utils.params import Params, project_root
+from ttl_utils.provenance import code_version, machine, now, versions
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,6 @@ STAGES = {
     "05_chat": Definition(("chat",), ("01_data/chat", "03_pretraining/model")),
     "06_carbon_report": Definition(("carbon",), ("03_pretraining/curve",), report=True),
 }
-PACKAGES = (
-    "torch",
-    "transformers",
-    "datasets",
-    "sentencepiece",
-    "accelerate",
-    "lm-eval",
-    "codecarbon",
-    "papermill",
-)
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def outputs_folder() -> Path:
@@ -66,79 +50,6 @@ def outputs_folder() -> Path:
     if os.environ.get("TTL_OUTPUTS"):
         return Path(os.environ["TTL_OUTPUTS"]).expanduser().resolve()
     return (project_root() or Path.cwd()) / "outputs"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DamagedFile(f"{path} is damaged ({error}): delete it, or restore it from a copy") from None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@cache
-def code_version() -> dict:
-    """The checkout's commit, and whether its tree was clean; None where there is no git."""
-
-    def git(*arguments: str) -> str | None:
-        root = project_root()
-        if root is None:
-            return None
-        try:
-            done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=20)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    changes = git("status", "--porcelain")
-    commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "clean": None if commit is None else changes == ""}
-
-
-def machine() -> dict:
-    import psutil
-
-    found = {
-        "system": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "python": platform.python_version(),
-    }
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["processor"] = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return found
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 class Run:

@@ -9,7 +9,8 @@ import pandas as pd
 
 from ttl_utils import paper
 from ttl_utils.params import Params, load_params
-from ttl_utils.run import Run, code_version, machine, versions
+from ttl_utils.provenance import code_version, machine, versions
+from ttl_utils.run import Run
 
 # where our files for the paper's sizes hold our choice, what the paper did
 PAPER_DIFFERS = {

@@ -15,9 +15,10 @@ import sentencepiece as spm
 from ttl_utils.blocks import TokenWriter
 from ttl_utils.corpus import documents
 from ttl_utils.errors import TTLError
+from ttl_utils.files import write_text
 from ttl_utils.filters import is_held_out
 from ttl_utils.progress import Progress
-from ttl_utils.run import Run, Stage, write_text
+from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Tokenizer
 
 if TYPE_CHECKING:

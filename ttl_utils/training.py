@@ -125,6 +125,28 @@ def clean_stop() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def train_step(
+    model: torch.nn.Module, optimizer: Any, accelerator: Accelerator, data: Step, max_grad_norm: float | None
+) -> torch.Tensor:
+    """One optimizer step over its micro-batches; returns the mean loss of the learned tokens, on the device."""
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(data.micro_batches, start=1):
+        batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
+        last = number == len(data.micro_batches)
+        # gradients travel between processes once a step, with the last micro-batch
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                # the mean over all learned tokens of the step; DDP averages over processes, so undo that
+                loss = summed_loss(model, batch) * (accelerator.num_processes / data.targets)
+            accelerator.backward(loss)
+        total += loss.detach()
+    if max_grad_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
 def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Step], loop: Loop) -> list[dict]:
     """Run to `max_steps`, from the newest whole checkpoint if there is one; returns the records.
 
@@ -134,120 +156,129 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
     Raises:
         TTLError: the loss is not a number, or the run was interrupted.
     """
-    settings, hardware = loop.settings, loop.hardware
-    accelerator = make_accelerator(hardware)
-    main = accelerator.is_main_process
-    model.to(accelerator.device)
-    optimizer = make_optimizer(model, settings)
-    folder = loop.folder / "checkpoints"
-    with accelerator.main_process_first():
-        newest = checkpoints.newest_whole(folder)
-    state = {"step": 0, "tokens": 0, "interval_loss": 0.0, "interval_steps": 0}
-    if newest is not None:
-        state = checkpoints.load_checkpoint(newest, model, optimizer)
-        _say_resumed(state, hardware, newest)
-    wrapped = torch.compile(model) if settings.compile else model
-    wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    if accelerator.scaler is not None and state.get("scaler"):
-        accelerator.scaler.load_state_dict(state["scaler"])
-    records = Records(loop.folder / "metrics.jsonl", state["step"], loop.on_record, main)
-    interval_loss = torch.tensor(state["interval_loss"], device=accelerator.device)
-    tokens, interval_steps, pause = state["tokens"], state["interval_steps"], 0.0
+    session, settings = Session(model, tokenizer, loop), loop.settings
+    if session.first_step == 0:
+        session.evaluate(0)
+    with clean_stop() as stop, session.progress:
+        for step in range(session.first_step, loop.max_steps):
+            done, last = step + 1, step + 1 == loop.max_steps
+            session.step(get_step(step, session.accelerator), learning_rate(settings, step, loop.max_steps))
+            logged = done % settings.logging_steps == 0 or last
+            if logged:
+                session.log(done)
+            if loop.eval_steps and (done % loop.eval_steps == 0 or last):
+                session.evaluate(done)
+            stopping = session.agree(stop.is_set(), logged)
+            if done % settings.save_steps == 0 or last or stopping:
+                session.save(done)
+            if stopping and not last:
+                raise TTLError(f"{loop.label} was interrupted; step {done:,} is saved, run again to go on from there")
+    return session.records.rows
 
-    def record(step: int, **values: float) -> None:
-        if main:
-            kwh = round(loop.energy_before + loop.energy.energy_kwh, 9)
-            records.add({"step": step, "tokens": tokens, **values, "energy_kwh": kwh})
 
-    def evaluate(step: int) -> None:
-        accelerator.wait_for_everyone()
-        if loop.evaluate is not None and main:
-            model.eval()
-            with torch.no_grad(), accelerator.autocast():
-                found = loop.evaluate(model, step)
-            model.train()
-            record(step, **found)
+class Session:
+    """A training run under way: the model with its optimizer, what was counted since the last record, and the files."""
 
-    def save(step: int) -> None:
-        accelerator.wait_for_everyone()
-        if not main:
-            return
-        _check_finite("loss", interval_loss, step, folder)
-        for name, weights in model.named_parameters():
-            _check_finite(name, weights, step, folder)
-        loop.energy.sample()
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        checkpoints.save_checkpoint(
-            folder,
-            step,
-            accelerator.unwrap_model(wrapped, keep_torch_compile=False),
-            tokenizer,
-            optimizer.optimizer,
-            {
-                "tokens": tokens,
-                "interval_loss": interval_loss.item(),
-                "interval_steps": interval_steps,
-                "energy_kwh": loop.energy_before + loop.energy.energy_kwh,
+    def __init__(self, model: Any, tokenizer: Any, loop: Loop):
+        settings = loop.settings
+        self.loop, self.plain, self.tokenizer = loop, model, tokenizer
+        self.accelerator = make_accelerator(loop.hardware)
+        self.main = self.accelerator.is_main_process
+        self.folder = loop.folder / "checkpoints"
+        model.to(self.accelerator.device)
+        optimizer = make_optimizer(model, settings)
+        state = {"step": 0, "tokens": 0, "interval_loss": 0.0, "interval_steps": 0}
+        with self.accelerator.main_process_first():
+            newest = checkpoints.newest_whole(self.folder)
+        if newest is not None:
+            state = checkpoints.load_checkpoint(newest, model, optimizer)
+            _say_resumed(state, loop.hardware, newest)
+        self.model, self.optimizer = self.accelerator.prepare(
+            torch.compile(model) if settings.compile else model, optimizer
+        )
+        if self.accelerator.scaler is not None and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.first_step, self.tokens = state["step"], state["tokens"]
+        self.interval_loss = torch.tensor(state["interval_loss"], device=self.accelerator.device)
+        self.interval_steps, self.interval_tokens, self.interval_s = state["interval_steps"], 0, 0.0
+        self.records = Records(loop.folder / "metrics.jsonl", self.first_step, loop.on_record, self.main)
+        status = loop.folder / "status.json" if self.main else None
+        self.progress = Progress(loop.label, loop.max_steps, status, self.first_step)
+        self.resumed_at = time.monotonic()
+        model.train()
+
+    def step(self, data: Step, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate = rate
+        max_grad_norm = self.loop.settings.max_grad_norm
+        self.interval_loss += train_step(self.model, self.optimizer, self.accelerator, data, max_grad_norm)
+        tokens = sum(batch["input_ids"].numel() for batch in data.micro_batches) * self.accelerator.num_processes
+        self.tokens += tokens
+        self.interval_tokens += tokens
+        self.interval_steps += 1
+
+    def record(self, step: int, **values: float) -> None:
+        if self.main:
+            energy_kwh = round(self.loop.energy_before + self.loop.energy.energy_kwh, 9)
+            self.records.add({"step": step, "tokens": self.tokens, **values, "energy_kwh": energy_kwh})
+
+    def log(self, step: int) -> None:
+        # the one synchronisation of the interval
+        mean = self.accelerator.reduce(self.interval_loss, "mean").item() / self.interval_steps
+        _check_finite("loss", torch.tensor(mean), step, self.folder)
+        speed = self.interval_tokens / (self.interval_s + time.monotonic() - self.resumed_at)
+        self.record(step, loss=round(mean, 6), learning_rate=self.rate, tokens_per_second=round(speed, 1))
+        self.progress.update(step, f"loss {mean:.3f} · {speed:,.0f} tokens/s")
+        self.interval_loss.zero_()
+        self.interval_steps, self.interval_tokens, self.interval_s = 0, 0, 0.0
+        self.resumed_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """Evaluation and checkpoints are not training: tokens per second leave them out."""
+        self.interval_s += time.monotonic() - self.resumed_at
+        self.accelerator.wait_for_everyone()
+        yield
+        self.resumed_at = time.monotonic()
+
+    def evaluate(self, step: int) -> None:
+        with self._clock_stopped():
+            if self.loop.evaluate is not None and self.main:
+                self.plain.eval()
+                with torch.no_grad(), self.accelerator.autocast():
+                    found = self.loop.evaluate(self.plain, step)
+                self.plain.train()
+                self.record(step, **found)
+
+    def agree(self, stopping: bool, logged: bool) -> bool:
+        """Whether to stop now: several processes stop at the same step, where they wait for each other anyway."""
+        if self.accelerator.num_processes == 1 or not logged:
+            return stopping and self.accelerator.num_processes == 1
+        asked = torch.tensor(float(stopping), device=self.accelerator.device)
+        return self.accelerator.reduce(asked, "sum").item() > 0
+
+    def save(self, step: int) -> None:
+        with self._clock_stopped():
+            if not self.main:
+                return
+            _check_finite("loss", self.interval_loss, step, self.folder)
+            for name, weights in self.plain.named_parameters():
+                _check_finite(name, weights, step, self.folder)
+            self.loop.energy.sample()
+            hardware, scaler = self.loop.hardware, self.accelerator.scaler
+            state = {
+                "tokens": self.tokens,
+                "interval_loss": self.interval_loss.item(),
+                "interval_steps": self.interval_steps,
+                "energy_kwh": self.loop.energy_before + self.loop.energy.energy_kwh,
                 "device": hardware.device,
                 "precision": hardware.precision,
                 "attention": hardware.attention,
-                "scaler": scaler,
-            },
-        )
-        checkpoints.thin_out(folder, settings.resumable_checkpoints)
-
-    model.train()
-    if state["step"] == 0:
-        evaluate(0)
-    interval_start, interval_tokens = time.monotonic(), 0
-    status = loop.folder / "status.json" if main else None
-    with clean_stop() as stop, Progress(loop.label, loop.max_steps, status, state["step"]) as bar:
-        for step in range(state["step"], loop.max_steps):
-            rate = learning_rate(settings, step, loop.max_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            data = get_step(step, accelerator)
-            for number, batch in enumerate(data.micro_batches):
-                last = number == len(data.micro_batches) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
-                    batch = {key: value.to(accelerator.device, non_blocking=True) for key, value in batch.items()}
-                    # the mean over all learned tokens of the step; DDP averages over processes, so undo that
-                    with accelerator.autocast():
-                        loss = summed_loss(wrapped, batch) * (accelerator.num_processes / data.targets)
-                    accelerator.backward(loss)
-                interval_loss += loss.detach()
-                interval_tokens += batch["input_ids"].numel() * accelerator.num_processes
-                tokens += batch["input_ids"].numel() * accelerator.num_processes
-            if settings.max_grad_norm is not None:
-                accelerator.clip_grad_norm_(wrapped.parameters(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            done, interval_steps = step + 1, interval_steps + 1
-            logged = done % settings.logging_steps == 0 or done == loop.max_steps
-            if logged:
-                # the one synchronisation of the interval
-                mean = accelerator.reduce(interval_loss, "mean").item() / interval_steps
-                _check_finite("loss", torch.tensor(mean), done, folder)
-                speed = interval_tokens / (time.monotonic() - interval_start - pause)
-                record(done, loss=round(mean, 6), learning_rate=rate, tokens_per_second=round(speed, 1))
-                bar.update(done, f"loss {mean:.3f} · {speed:,.0f} tokens/s")
-                interval_loss.zero_()
-                interval_start, interval_tokens, interval_steps, pause = time.monotonic(), 0, 0, 0.0
-            away = time.monotonic()
-            if loop.eval_steps and (done % loop.eval_steps == 0 or done == loop.max_steps):
-                evaluate(done)
-            stopping = stop.is_set()
-            if accelerator.num_processes > 1:
-                # all stop at the same step, and agree where they wait for each other anyway
-                asked = torch.tensor(float(stopping), device=accelerator.device)
-                stopping = logged and accelerator.reduce(asked, "sum").item() > 0
-            if done % settings.save_steps == 0 or done == loop.max_steps or stopping:
-                save(done)
-            pause += time.monotonic() - away
-            if stopping and done < loop.max_steps:
-                raise TTLError(f"{loop.label} was interrupted; step {done:,} is saved, run again to go on from there")
-        bar.done = loop.max_steps
-    return records.rows
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            optimizer = self.optimizer.optimizer
+            checkpoints.save_checkpoint(self.folder, step, self.plain, self.tokenizer, optimizer, state)
+            checkpoints.thin_out(self.folder, self.loop.settings.resumable_checkpoints)
 
 
 def _check_finite(name: str, value: torch.Tensor, step: int, folder: Path) -> None:
