@@ -342,6 +342,21 @@ def test_a_mirror_takes_the_hubs_place(hub_run, mirror, monkeypatch):
     )
 
 
+def test_a_conversation_and_its_copy_in_the_corpus_are_on_one_side(hub_run, mirror):
+    root, _ = mirror
+    talks = [talk(f"Qual é a cor do objeto de número {'i' * n}?", f"É da cor de número {'x' * n}.") for n in range(60)]
+    copies = [
+        {"text": "\n\n".join(turn["content"] for turn in turns), "metadata": "source: instruct"} for turns in talks
+    ]
+    write_mirror(root, copies, talks)
+    stage = prepare_corpus(hub_run(test_share=0.3))
+    sides: dict[str, set[str]] = {}
+    for _, side, row in read_all(stage):
+        sides.setdefault(row["text"], set()).add(side)
+    assert len(sides) == 60 and all(len(found) == 1 for found in sides.values())
+    assert len(set(map(tuple, sides.values()))) == 2, "both sides are in use"
+
+
 @pytest.mark.parametrize(
     ("talks", "column"),
     [([["Oi", "Olá"]], "conversations"), ([[{"from": "user", "value": "Oi"}]], "conversations")],

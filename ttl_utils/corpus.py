@@ -94,7 +94,7 @@ def _from_hub(row: dict, counts: Counter) -> dict:
     if roles != ["user", "assistant"] * (len(roles) // 2):
         counts["turns do not alternate"] += 1
         return {"text": "", "turns": []}
-    return {"text": text, "turns": turns, "unit": filters.unit_key(turns[0]) if turns else None}
+    return {"text": text, "turns": turns}
 
 
 def _kind(source: Source, origin: str | None) -> str:
@@ -109,7 +109,8 @@ def prepare_corpus(run: Run) -> Stage:
 
     The side of a document is a pure function of the seed and its unit: the text it was made from (a tweet, a passage,
     a conversation), together with the texts that hold it. So what is scored in any stage is in no training text of any
-    stage. For a set of the hub the unit is the document's text alone, or a conversation's first turn.
+    stage. For a set of the hub the unit is the document's own text; of instruction text, what stands before the first
+    blank line: a conversation and its copy in a corpus, where turns are joined by blank lines, share it.
 
     Raises:
         SourceError: a source cannot be reached, or its bytes are not the expected ones.
@@ -167,10 +168,12 @@ def _read_source(
         if reason is not None:
             rejected[reason] += 1
             continue
-        # an empty unit (a tweet without one word) is a unit too: all that is made from it is on one side
-        unit = filters.unit_key(text) if row.get("unit") is None else row["unit"]
-        side = SIDES[filters.is_held_out(unit, run.params.seed, data.test_share)]
         kind = _kind(source, row.get("origin"))
+        unit = row.get("unit")
+        # an empty unit (a tweet without one word) is a unit too: all that is made from it is on one side
+        if unit is None:
+            unit = filters.unit_key(text.split("\n\n", 1)[0] if kind == "instruction" else text)
+        side = SIDES[filters.is_held_out(unit, run.params.seed, data.test_share)]
         document: dict[str, Any] = {
             "text": text,
             "source": source.name,

@@ -65,6 +65,11 @@ def is_paper_configuration(params: Params) -> str | None:
     return paper.is_paper_configuration({key: flat[key] for key in paper.CONFIGURATION})
 
 
+def verdict_of(params: Params) -> str:
+    """For figures that no tolerance judges: a run of another configuration is not comparable."""
+    return "not comparable" if is_paper_configuration(params) is None else "for comparison"
+
+
 def against_paper(run: Run, ours: dict[str, Any], metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Our figures beside the published ones with a verdict; a verdict needs the paper's own configuration."""
     size = is_paper_configuration(run.params)
