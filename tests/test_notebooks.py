@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import nbformat
@@ -91,6 +94,49 @@ class TestEveryNotebook:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"/(home|root|work|tmp|Users)/", text)
         assert "HF_TOKEN" not in text and "os.environ[" not in text
+
+
+class TestTheFirstCell:
+    source = code_cells(NOTEBOOKS[0])[0].source
+
+    @pytest.fixture
+    def commands(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+        found: list[list[str]] = []
+
+        def run(command: list[str], check: bool) -> None:
+            assert check
+            found.append([*command, Path(command[command.index("-c") + 1]).read_text()])
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(subprocess, "run", run)
+        monkeypatch.delenv("TTL_SOURCE", raising=False)
+        return found
+
+    def test_does_nothing_where_the_project_is_installed(self, commands: list) -> None:
+        exec(self.source, {})
+        assert commands == []
+
+    def test_installs_from_the_one_variable_and_keeps_torch(self, commands: list, monkeypatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        monkeypatch.setenv("TTL_SOURCE", "somewhere")
+        exec(self.source, {})
+        (command,) = commands
+        assert "somewhere" in command and f"torch=={metadata.version('torch')}\n" in command[-1]
+        assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+    def test_installs_from_the_checkout_around_it(self, commands: list, monkeypatch, tmp_path: Path) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        (tmp_path / "pyproject.toml").touch()
+        (tmp_path / "notebooks").mkdir()
+        monkeypatch.chdir(tmp_path / "notebooks")
+        exec(self.source, {})
+        assert ".." in commands[0]
+
+    def test_says_what_to_set(self, commands: list, monkeypatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+        with pytest.raises(RuntimeError, match="TTL_SOURCE"):
+            exec(self.source, {})
+        assert commands == []
 
 
 def test_the_package_has_no_branch_for_a_size() -> None:

@@ -334,6 +334,13 @@ def test_another_precision_goes_on_and_says_so(make_model, tokenizer, tmp_path, 
     assert "precision was fp32 and is bf16 now" in said
 
 
+def test_other_processes_than_the_first_write_nothing(make_model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tr.Accelerator, "is_main_process", property(lambda self: False))
+    asked = loop(tmp_path / "run", eval_steps=2, save_steps=2, evaluate=lambda *_: pytest.fail("evaluated"))
+    assert tr.train(make_model(), tokenizer, steps(), asked) == []
+    assert list((tmp_path / "run").iterdir()) == []
+
+
 def test_processes_that_do_not_start_are_missed(monkeypatch):
     tr.make_accelerator(CPU)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -513,7 +520,7 @@ def test_killed_twice_or_interrupted_the_weights_are_the_same(tiny, tiny_prepare
 
 
 def test_two_processes_learn_what_one_does_and_stop_together(tiny, tiny_prepared, driver):
-    asked = {"file": tiny.file, "pretraining": {**PRETRAINING, "max_steps": 10}}
+    asked = {"file": tiny.file, "pretraining": {**PRETRAINING, "max_steps": 20, "logging_steps": 4}}
     one, two = (tiny_prepared(run=name, pretraining=asked["pretraining"]) for name in ("one", "two"))
 
     def together():
@@ -526,10 +533,13 @@ def test_two_processes_learn_what_one_does_and_stop_together(tiny, tiny_prepared
 
     alone = driver.start({**asked, "run": "one"})
     pids = together()
-    assert driver.until(pids[1], lambda: len(records_of(two)) >= 3) is None, driver.said()
+    assert driver.until(pids[1], lambda: len(records_of(two)) >= 2) is None, driver.said()
     # one of them is told: both stop, at the same step
     os.kill(pids[1], signal.SIGTERM)
     assert [driver.until(pid) for pid in pids] == [3, 3], driver.said()
+    newest = checkpoints.newest_whole(two.folder / "03_pretraining" / "checkpoints")
+    told = f"TTLError pretraining: steps was interrupted; step {checkpoints.step_of(newest)} is saved"
+    assert driver.said().count(told) == 2, driver.said()
     assert [driver.until(pid) for pid in together()] == [0, 0], driver.said()
     assert driver.until(alone) == 0
     from safetensors.torch import load_file
