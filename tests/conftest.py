@@ -16,6 +16,8 @@ from ttl_utils.run import Run
 
 # before any test imports a hub library: nothing may look for a network
 os.environ["HF_HUB_OFFLINE"] = "1"
+# tiny tensors: a second thread costs more than it gives
+os.environ["OMP_NUM_THREADS"] = "1"
 
 Make = Callable[..., Run]
 

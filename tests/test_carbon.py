@@ -29,11 +29,12 @@ def ledger(tmp_path):
     return tmp_path / "run" / "energy.jsonl"
 
 
-def row(session, stage, cpu, gpu, ram, *, seconds=10.0, grams=400.0, gpu_method="measured (NVML)"):
+def row(session, stage, cpu, gpu, ram, *, seconds=10.0, grams=400.0, gpu_method="measured (NVML)", time="2026-01-02"):
     energy_kwh = cpu + gpu + ram
     return {
         "session": session,
         "stage": stage,
+        "time": time,
         "duration_s": seconds,
         "cpu_kwh": cpu,
         "gpu_kwh": gpu,
@@ -274,3 +275,10 @@ def test_what_if_names_its_sources():
     assert table.loc["world average", "emissions_kg"] == pytest.approx(128.495 * 0.475)
     assert table.loc["Brazil", "emissions_kg"] < table.loc["Germany", "emissions_kg"]
     assert table["source"].str.contains("CodeCarbon").all()
+
+
+def test_what_was_spent_on_a_folder_that_was_moved_aside_is_in_the_bill_and_not_in_the_new_stage(ledger):
+    before = row("a", "03_pretraining", 1, 0, 1, time="2026-01-01T10:00:00+00:00")
+    write(ledger, before, row("b", "03_pretraining", 2, 0, 1, time="2026-01-01T11:00:00+00:00"))
+    assert cb.stage_energy(ledger, "03_pretraining", "2026-01-01T10:30:00+00:00")[0] == 3
+    assert cb.stage_totals(ledger).energy_kwh.sum() == 5

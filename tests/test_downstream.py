@@ -194,7 +194,7 @@ def test_the_best_epoch_is_kept_and_the_last_stands_beside_it(base, tiny_run, tm
     answers = iter([[0, 1, 1, 1], [0, 0, 1, 0], [1, 1, 1, 1]])
     monkeypatch.setattr(ds, "_predict", lambda *_: np.array(next(answers)))
     saved = []
-    monkeypatch.setattr(ds, "save_pretrained", lambda *_: saved.append(True))
+    monkeypatch.setattr(ds, "save_model_folder", lambda *_: saved.append(True))
     run = tiny_run(evaluation={"downstream_epochs": 3})
     data = {"train": words("sim", 2, 1) + words("não", 2, 2), "test": words("não", 4, 3)}
     found = ds.fine_tune(data, item(), base, tmp_path / "best", run, CPU)

@@ -104,7 +104,7 @@ def test_sources_are_scored_document_by_document(model, tiny_done, tokenizer):
     rows = list(documents(tiny_done.need("01_data"), "corpus", "test"))
     assert sum(values["documents"] for values in found.values()) == len(rows)
     name = rows[0]["source"]
-    nats, scored, size = 0.0, 0, 0
+    nats, scored, tokens, size = 0.0, 0, 0, 0
     for row in (row for row in rows if row["source"] == name):
         ids = tokenizer(row["text"]).input_ids
         for start in range(0, len(ids), 24):
@@ -112,9 +112,11 @@ def test_sources_are_scored_document_by_document(model, tiny_done, tokenizer):
             if part.shape[1] > 1:
                 nats += model(part, labels=part).loss.item() * (part.shape[1] - 1)
                 scored += part.shape[1] - 1
+        tokens += len(ids) - 1
         size += len(row["text"].encode())
+    assert scored < tokens
     assert found[name]["loss"] == pytest.approx(nats / scored, rel=1e-5)
-    assert found[name]["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    assert found[name]["bits_per_byte"] == pytest.approx(nats / scored * tokens / size / math.log(2), rel=1e-5)
 
 
 @pytest.fixture

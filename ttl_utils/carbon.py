@@ -186,9 +186,12 @@ def read_ledger(ledger: Path) -> list[dict]:
     return rows
 
 
-def stage_energy(ledger: Path, stage: str) -> tuple[float, float, float]:
-    """kWh, kg and seconds of a stage over its sessions, one under way included; zeros without a ledger."""
-    rows = [row for row in _last_rows(ledger) if row["stage"] == stage]
+def stage_energy(ledger: Path, stage: str, since: str = "") -> tuple[float, float, float]:
+    """kWh, kg and seconds of a stage over its sessions, one under way included; zeros without a ledger.
+
+    `since` (ISO time, UTC) leaves out what was spent before: on a folder that was moved aside.
+    """
+    rows = [row for row in _last_rows(ledger) if row["stage"] == stage and row["time"] >= since]
     energy_kwh, emissions_kg, duration_s = (
         float(sum(row[key] for row in rows)) for key in ("energy_kwh", "emissions_kg", "duration_s")
     )

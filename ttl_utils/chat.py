@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -14,7 +12,7 @@ import numpy as np
 import torch
 
 from ttl_utils import carbon
-from ttl_utils.checkpoints import save_pretrained
+from ttl_utils.checkpoints import save_model_folder
 from ttl_utils.corpus import documents
 from ttl_utils.errors import TTLError
 from ttl_utils.evaluation import load_model
@@ -227,7 +225,7 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
         return stage
     settings, seed = run.params.chat, run.params.seed
     context = run.params.model.max_position_embeddings
-    earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name)
+    earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
     with stage.work() as energy:
         hardware = choose_hardware(settings)
         if hardware.attention == "flash_attention_2":
@@ -272,15 +270,13 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
         after = answer_loss(model, held_out, context, pad)
         answers["after"] = [answer(model, tokenizer, prompt, settings, seed) for prompt in settings.prompts]
         write_json(stage.folder / "answers.json", answers)
-        partial = stage.folder / ".model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        save_pretrained(model, tokenizer, partial)
-        shutil.rmtree(stage.folder / "model", ignore_errors=True)
-        os.replace(partial, stage.folder / "model")
         metrics = _metrics(examples, records, settings, context)
         metrics |= {"validation_loss_before": before, "validation_loss_after": after, "steps": steps}
         metrics |= {"training": counts, "validation": held_counts, "precision": hardware.precision}
-        outputs = {"model": list((stage.folder / "model").iterdir()), "curve": [stage.folder / "metrics.jsonl"]}
+        outputs = {
+            "model": save_model_folder(model, tokenizer, stage.folder / "model"),
+            "curve": [stage.folder / "metrics.jsonl"],
+        }
         stage.finish(metrics, outputs)
     return stage
 

@@ -38,6 +38,16 @@ def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         shutil.copyfile(source, folder / "tokenizer.model")
 
 
+def save_model_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[Path]:
+    """`save_pretrained`, whole or not at all; returns the files."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_pretrained(model, tokenizer, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    return list(folder.iterdir())
+
+
 def save_checkpoint(
     folder: Path,
     step: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ttl_utils import hub
-from ttl_utils.checkpoints import save_pretrained
+from ttl_utils.checkpoints import save_model_folder
 from ttl_utils.corpus import documents
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.progress import Progress
@@ -122,8 +121,7 @@ def fine_tune(data: dict, item: Downstream, base: Path, folder: Path, run: Run, 
             epochs.append({"epoch": epoch + 1, **found})
             if best is None or found["accuracy"] > best["accuracy"]:
                 best = epochs[-1]
-                shutil.rmtree(folder, ignore_errors=True)
-                save_pretrained(model, tokenizer, folder)
+                save_model_folder(model, tokenizer, folder)
     return {
         "accuracy": best["accuracy"],
         "macro_f1": best["macro_f1"],

@@ -72,27 +72,30 @@ def perplexity(
 
 
 def by_source(model: PreTrainedModel, corpus: Stage, tokenizer: Any, context: int) -> dict[str, dict]:
-    """Loss and bits per byte of the held-out documents of each source, every document scored on its own."""
+    """Loss and bits per byte of the held-out documents of each source, every document scored on its own.
+
+    As in `perplexity`, a long document's later blocks leave their first token unscored; bits per byte counts it at the
+    mean of the others.
+    """
     device = next(model.parameters()).device
+    # nats, tokens scored, tokens, bytes, documents
     sums: dict[str, np.ndarray] = {}
     with torch.no_grad():
         for row in documents(corpus, "corpus", "test", ["text", "source"]):
             ids = torch.tensor([tokenizer(row["text"], split_special_tokens=True)["input_ids"]], device=device)
-            found = sums.setdefault(row["source"], np.zeros(4))
-            for start in range(0, ids.shape[1], context):
-                block = ids[:, start : start + context]
+            found = sums.setdefault(row["source"], np.zeros(5))
+            for block in ids.split(context, dim=1):
                 if block.shape[1] > 1:
-                    nats = summed_loss(model, {"input_ids": block, "labels": block}).item()
-                    found += nats, block.shape[1] - 1, 0, 0
-            found += 0, 0, len(row["text"].encode("utf-8")), 1
+                    found[:2] += summed_loss(model, {"input_ids": block, "labels": block}).item(), block.shape[1] - 1
+            found[2:] += ids.shape[1] - 1, len(row["text"].encode("utf-8")), 1
     return {
         source: {
             "documents": int(count),
             "loss": nats / scored,
             "perplexity": math.exp(nats / scored),
-            "bits_per_byte": nats / size / math.log(2),
+            "bits_per_byte": nats / scored * tokens / size / math.log(2),
         }
-        for source, (nats, scored, size, count) in sums.items()
+        for source, (nats, scored, tokens, size, count) in sums.items()
     }
 
 

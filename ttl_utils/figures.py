@@ -79,7 +79,8 @@ class LiveCurve:
         self.next_show = 0.0
 
     def __call__(self, records: list[dict]) -> None:
-        if not in_notebook() or time.monotonic() < self.next_show:
+        # an evaluation is drawn at once: there are few, and the last one ends the run
+        if not in_notebook() or (time.monotonic() < self.next_show and "validation_loss" not in records[-1]):
             return
         from IPython.display import display
 

@@ -108,8 +108,8 @@ def choose_hardware(settings: Optimisation) -> Hardware:
     device, why_device = _device(settings.device)
     precision, why_precision = _precision(settings.precision, device)
     attention, why_attention = _attention(settings.attention, device, precision)
-    if precision in ("tf32", "bf16") and device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    # set either way: an earlier stage of this process may have left the other
+    torch.set_float32_matmul_precision("high" if precision in ("tf32", "bf16") and device == "cuda" else "highest")
     reasons = (f"device: {device} ({why_device})", f"precision: {precision} ({why_precision})")
     return Hardware(device, precision, attention, (*reasons, f"attention: {attention} ({why_attention})"))
 
@@ -120,7 +120,7 @@ def _device(asked: str) -> tuple[str, str]:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked != "auto":
         if not present[asked]:
-            raise ParameterError(f"pretraining.device {asked!r}: this machine has none; set it to auto or cpu")
+            raise ParameterError(f"device {asked!r}: this machine has none; set it to auto or cpu")
         return asked, "as asked"
     if present["cuda"]:
         return "cuda", torch.cuda.get_device_name()

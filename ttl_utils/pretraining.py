@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ import torch
 
 from ttl_utils import carbon
 from ttl_utils.blocks import TokenBlocks, step_indices
-from ttl_utils.checkpoints import save_pretrained
+from ttl_utils.checkpoints import save_model_folder
+from ttl_utils.errors import TTLError
 from ttl_utils.evaluation import perplexity
 from ttl_utils.files import write_text
 from ttl_utils.model import choose_hardware, count_parameters, flops_per_token, new_model
@@ -36,9 +36,14 @@ def token_blocks(run: Run, side: str) -> TokenBlocks:
 def block_steps(blocks: TokenBlocks, run: Run) -> Callable[[int, Accelerator], Step]:
     """Packed blocks as training steps: the data order is a pure function of the seed and the step."""
     settings, seed = run.params.pretraining, run.params.seed
+    rows = settings.tokens_per_step // blocks.block_size
 
     def get_step(step: int, accelerator: Accelerator) -> Step:
-        rows = settings.tokens_per_step // blocks.block_size
+        if rows % accelerator.num_processes:
+            raise TTLError(
+                f"pretraining.tokens_per_step {settings.tokens_per_step} is {rows} rows of {blocks.block_size}, which "
+                f"{accelerator.num_processes} processes cannot share evenly"
+            )
         mine = step_indices(seed, step, rows, len(blocks))[accelerator.process_index :: accelerator.num_processes]
         ids = torch.from_numpy(blocks.batch(mine))
         micro = ids.split(settings.per_device_train_batch_size)
@@ -67,7 +72,7 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
         return stage
     settings = run.params.pretraining
     # the sessions before this one: a run that was killed has spent energy too
-    earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name)
+    earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
     with stage.work() as energy:
         hardware = choose_hardware(settings)
         print(hardware)
@@ -116,14 +121,9 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
             ),
         )
         if int(os.environ.get("RANK", "0")) == 0:
-            partial = stage.folder / ".model.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            save_pretrained(model, tokenizer, partial)
-            shutil.rmtree(stage.folder / "model", ignore_errors=True)
-            os.replace(partial, stage.folder / "model")
             energy.sample()
             outputs = {
-                "model": list((stage.folder / "model").iterdir()),
+                "model": save_model_folder(model, tokenizer, stage.folder / "model"),
                 "curve": [stage.folder / "metrics.jsonl"],
             }
             stage.finish(_metrics(run, records, energy, earlier, hardware, len(blocks), tokenizer), outputs)

@@ -139,6 +139,11 @@ class Stage:
     def finished(self) -> bool:
         return (self.folder / "manifest.json").is_file()
 
+    def begun(self) -> str:
+        """When the work in this folder began (ISO time, UTC); now, where it has not."""
+        path = self.folder / "stage.json"
+        return read_json(path)["started"] if path.is_file() else now()
+
     def manifest(self) -> dict:
         return read_json(self.folder / "manifest.json")
 

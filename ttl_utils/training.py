@@ -110,14 +110,24 @@ def make_accelerator(hardware: Hardware) -> Accelerator:
 
 @contextlib.contextmanager
 def clean_stop() -> Iterator[threading.Event]:
-    """An event that SIGTERM or an interrupt sets, so that the loop ends at a whole step with a checkpoint."""
+    """An event that SIGTERM or an interrupt sets, so that the loop ends at a whole step with a checkpoint.
+
+    A second signal ends it at once: then the newest checkpoint is where the next run goes on.
+    """
     stop = threading.Event()
+
+    def ask(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print("stopping after this step, with a checkpoint; interrupt again to stop at once")
+
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     before = {}
     for number in (signal.SIGTERM, signal.SIGINT):
-        before[number] = signal.signal(number, lambda *_: stop.set())
+        before[number] = signal.signal(number, ask)
     try:
         yield stop
     finally:
@@ -313,11 +323,10 @@ class Records:
         os.replace(partial, path)
 
     def add(self, row: dict) -> None:
-        same = self.rows and self.rows[-1]["step"] == row["step"]
         self.rows.append(row)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.on_record and not same:
+        if self.on_record:
             self.on_record(self.rows)
 
 
