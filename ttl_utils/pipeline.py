@@ -101,7 +101,9 @@ def run_notebooks(arguments: argparse.Namespace) -> None:
 
 def execute(run: Run, name: str, given: dict) -> None:
     """One notebook through papermill into `notebooks/` of the run; the executed copy is put there when it is whole."""
+    import nbformat
     import papermill
+    from nbformat.sign import NotebookNotary
     from papermill.exceptions import PapermillExecutionError
 
     folder = run.folder / "notebooks"
@@ -130,6 +132,8 @@ def execute(run: Run, name: str, given: dict) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    # JupyterLab shows the tables' styles of notebooks that its user trusts, which this one's is
+    NotebookNotary().sign(nbformat.read(partial, as_version=4))
     os.replace(partial, final)
     failed.unlink(missing_ok=True)
     print(f"{name}: done in {clock(time.monotonic() - started)}", flush=True)

@@ -12,17 +12,36 @@ from ttl_utils.params import Params, load_params
 from ttl_utils.provenance import code_version, machine, versions
 from ttl_utils.run import Run
 
-# where our files for the paper's sizes hold our choice, what the paper did
+_OPTIMIZER = ("learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon")
+_TABLE_3 = ("tokens_per_step", *_OPTIMIZER, "weight_decay", "max_grad_norm")
+# the keys whose values in our files for the published sizes are the paper's; a section alone means all of its keys
+PUBLISHED = {
+    "size",
+    "model",
+    *(f"tokenizer.{name}" for name in ("vocab_size", "train_samples", "efficiency_words")),
+    *(f"pretraining.{name}" for name in (*_TABLE_3, "max_steps", "eval_steps", "save_steps")),
+    "pretraining.per_device_train_batch_size",
+    *(f"evaluation.downstream_{name}" for name in ("epochs", "batch_size", "learning_rate", "weight_decay")),
+    *(f"chat.{name}" for name in (*_TABLE_3, "user_open", "user_close", "num_train_epochs")),
+    *(f"carbon.{name}" for name in ("country_iso_code", "carbon_intensity_g_per_kwh", "pue")),
+}
+# where our files hold a choice of ours, what the paper did
 PAPER_DIFFERS = {
     "pretraining.decay_norms": "true, in effect",
-    "tokenizer.append_eos": "false",
-    "pretraining.resumable_checkpoints": "",
+    "pretraining.precision": "bf16, tf32",
+    "pretraining.attention": "flash_attention_2",
     "pretraining.eval_tokens": "about 1% of the data",
+    "tokenizer.append_eos": "false",
     "data.test_share": "about 1%",
-    "seed": "",
 }
-# keys of ours that the paper has no value for
-OURS_ONLY = ("data.", "carbon.measure", "tokenizer.character", "tokenizer.max_", "tokenizer.parity", "tokenizer.shard")
+
+
+def _paper_value(key: str, size: str, values: dict[str, Any]) -> str:
+    section = key.split(".")[0]
+    # only the larger model was fine-tuned to chat
+    if section == "chat" and size != "460m":
+        return ""
+    return _short(values[key]) if key in PUBLISHED or section in PUBLISHED else PAPER_DIFFERS.get(key, "")
 
 
 def _short(value: Any) -> str:
@@ -41,9 +60,7 @@ def parameters(params: Params, *sections: str) -> pd.io.formats.style.Styler:
         if key.split(".")[0] not in sections or key.startswith("data.filters."):
             continue
         row = {"parameter": key, "value": _short(value)}
-        for size, values in published.items():
-            ours_only = key.startswith(OURS_ONLY) and key not in PAPER_DIFFERS
-            row[f"paper, {size}"] = "" if ours_only else PAPER_DIFFERS.get(key, _short(values.get(key, "")))
+        row |= {f"paper, {size}": _paper_value(key, size, values) for size, values in published.items()}
         rows.append({**row, "from": params.origins.get(key, params.origins.get(key.split(".")[0], ""))})
     return paper.style(pd.DataFrame(rows))
 
