@@ -25,7 +25,7 @@ $(VENV)/bin/python:
 
 # a marker per set of extras, made anew when the dependencies change
 $(VENV)/.ready: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet -c constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt --index-url $(TORCH_INDEX) torch)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 

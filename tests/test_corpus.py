@@ -218,7 +218,10 @@ def test_an_empty_side_still_has_a_file_to_read(tiny_run, share):
 
 def test_shards_split_at_their_size_and_lose_nothing(tmp_path):
     writer = ShardWriter(tmp_path, "corpus", "train", 1)
-    rows = [{"text": f"{n:05} " + "água " * 40_000, "source": "s", "kind": "plain", "licence": "l"} for n in range(40)]
+    rows = [
+        {"text": f"{n:05} " + "água " * 40_000, "source": "s", "origin": None, "kind": "plain", "licence": "l"}
+        for n in range(40)
+    ]
     for row in rows:
         writer.add(dict(row))
     paths = writer.close()

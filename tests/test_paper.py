@@ -197,26 +197,34 @@ def test_computed_conflicts():
 # comparison
 
 
+PUBLISHED_KWH = 15.521335
+
+
 @pytest.mark.parametrize(
     ("ours", "verdict"),
     [
-        (16.41, "reproduced"),
-        (16.41 * 1.03, "reproduced"),
-        (16.41 * 0.97, "reproduced"),
-        (16.41 * 1.0301, "close"),
-        (16.41 * 1.09, "close"),
-        (16.41 * 0.9099, "differs"),
-        (16.41 * 1.0901, "differs"),
+        (PUBLISHED_KWH, "reproduced"),
+        (PUBLISHED_KWH * 1.10, "reproduced"),
+        (PUBLISHED_KWH * 0.90, "reproduced"),
+        (PUBLISHED_KWH * 1.1001, "close"),
+        (PUBLISHED_KWH * 1.30, "close"),
+        (PUBLISHED_KWH * 0.6999, "differs"),
+        (PUBLISHED_KWH * 1.3001, "differs"),
         (math.nan, "differs"),
         (None, "not run"),
     ],
 )
 def test_verdicts_at_their_boundaries(ours, verdict):
-    assert paper.headline("160m")["validation_perplexity"].tolerance == 3
-    row = paper.compare({"validation_perplexity": ours}, "160m", comparable=True).iloc[0]
-    assert row["verdict"] == verdict and row["paper"] == 16.41
+    assert paper.headline("160m")["energy_kwh"].tolerance == 10
+    row = paper.compare({"energy_kwh": ours}, "160m", comparable=True).iloc[0]
+    assert row["verdict"] == verdict and row["paper"] == PUBLISHED_KWH
     if ours is not None and not math.isnan(ours):
-        assert row["difference"] == pytest.approx(100 * (ours / 16.41 - 1))
+        assert row["difference"] == pytest.approx(100 * (ours / PUBLISHED_KWH - 1))
+
+
+def test_a_figure_of_another_text_or_vocabulary_is_shown_and_not_judged():
+    row = paper.compare({"validation_perplexity": 16.41}, "160m", comparable=True).iloc[0]
+    assert row["verdict"] == "not comparable" and row["paper"] == 16.41 and row["difference"] == 0
 
 
 def test_counts_are_reproduced_only_when_equal():

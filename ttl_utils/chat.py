@@ -240,8 +240,11 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
         model = load_model(base, hardware, torch.float32)
         grow_embeddings(model, len(tokenizer))
         pad = tokenizer.pad_token_id
-        before = answer_loss(model, held_out, context, pad)
-        answers = {"before": [answer(model, tokenizer, prompt, settings, seed) for prompt in settings.prompts]}
+        # the precision of training, so that before and after differ by the weights alone
+        dtype = torch.bfloat16 if hardware.precision == "bf16" else torch.float16
+        with torch.autocast(hardware.device, dtype, enabled=hardware.mixed_precision != "no"):
+            before = answer_loss(model, held_out, context, pad)
+            answers = {"before": [answer(model, tokenizer, prompt, settings, seed) for prompt in settings.prompts]}
         get_step, steps = packed_steps(examples, settings, context, pad, seed)
 
         def evaluate(model: Any, step: int) -> dict:

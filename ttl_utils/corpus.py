@@ -13,19 +13,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ttl_utils import filters, hub, wheels
-from ttl_utils.errors import SourceError
+from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Source
 
 _TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
-_COMMON = [("text", pa.string()), ("source", pa.string()), ("kind", pa.string()), ("licence", pa.string())]
+_COMMON = [(name, pa.string()) for name in ("text", "source", "origin", "kind", "licence")]
 SCHEMAS = {
     "corpus": pa.schema(_COMMON),
     "chat": pa.schema([*_COMMON, ("messages", pa.list_(_TURN))]),
     "downstream": pa.schema([*_COMMON, ("label", pa.int64())]),
 }
 SIDES = ("train", "test")
+# documents of the hub that begin with the same words are on one side: copies, cuts, and a conversation as text
+UNIT_WORDS = 12
 
 
 class ShardWriter:
@@ -87,6 +89,9 @@ def _from_hub(row: dict, counts: Counter) -> dict:
         return {"text": content or "", "origin": row.get("origin")}
     try:
         turns = [turn["content"] for turn in content]
+        if None in turns:
+            counts["turn without text"] += 1
+            return {"text": "", "turns": []}
         roles = [turn["role"] for turn in content]
         text = "\n\n".join(turns)
     except (TypeError, KeyError) as error:
@@ -109,8 +114,7 @@ def prepare_corpus(run: Run) -> Stage:
 
     The side of a document is a pure function of the seed and its unit: the text it was made from (a tweet, a passage,
     a conversation), together with the texts that hold it. So what is scored in any stage is in no training text of any
-    stage. For a set of the hub the unit is the document's own text; of instruction text, what stands before the first
-    blank line: a conversation and its copy in a corpus, where turns are joined by blank lines, share it.
+    stage. For a set of the hub the unit is the first words of the document: copies share it, whatever their kind.
 
     Raises:
         SourceError: a source cannot be reached, or its bytes are not the expected ones.
@@ -121,8 +125,17 @@ def prepare_corpus(run: Run) -> Stage:
     with stage.work():
         for use in SCHEMAS:
             shutil.rmtree(stage.folder / use, ignore_errors=True)
+        # a set that cannot be had is found out now, not after hours of reading the others
+        mirrored = {source.name: hub.check(source.dataset, source.revision) for source in run.params.data.sources}
         sources, outputs = _read_all(run, stage)
-        stage.finish(_metrics(sources), outputs)
+        for source in sources:
+            source["from_mirror"] = mirrored[source["source"]]
+        metrics = _metrics(sources) | _overlap(outputs)
+        if metrics["held_out_in_training"]:
+            raise TTLError(
+                f"{metrics['held_out_in_training']} held-out texts are in training text: a fault of the split"
+            )
+        stage.finish(metrics, outputs)
     return stage
 
 
@@ -172,11 +185,12 @@ def _read_source(
         unit = row.get("unit")
         # an empty unit (a tweet without one word) is a unit too: all that is made from it is on one side
         if unit is None:
-            unit = filters.unit_key(text.split("\n\n", 1)[0] if kind == "instruction" else text)
+            unit = " ".join(filters.unit_key(text).split()[:UNIT_WORDS])
         side = SIDES[filters.is_held_out(unit, run.params.seed, data.test_share)]
         document: dict[str, Any] = {
             "text": text,
             "source": source.name,
+            "origin": row.get("origin"),
             "kind": kind,
             "licence": source.licence,
         }
@@ -220,9 +234,25 @@ def _metrics(sources: list[dict]) -> dict:
     }
 
 
+def _overlap(outputs: dict[str, list[Path]]) -> dict[str, int]:
+    """How many training texts of any use equal a held-out text, case, digits and punctuation aside: it must be none."""
+
+    def keys(side: str) -> Iterator[bytes]:
+        for use in SCHEMAS:
+            for row in _rows(outputs[use], side, ["text"]):
+                yield filters.digest(filters.unit_key(row["text"]))
+
+    held_out = set(keys("test"))
+    return {"held_out_texts": len(held_out), "held_out_in_training": sum(key in held_out for key in keys("train"))}
+
+
 def documents(stage: Stage, use: str, side: str, columns: list[str] | None = None) -> Iterator[dict]:
     """The documents of a finished stage 01, in order, a batch in memory at a time."""
-    for path in stage.files(use):
+    return _rows(stage.files(use), side, columns)
+
+
+def _rows(paths: list[Path], side: str, columns: list[str] | None) -> Iterator[dict]:
+    for path in paths:
         if path.name.startswith(f"{side}-"):
             for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=columns):
                 yield from batch.to_pylist()

@@ -134,6 +134,7 @@ def fine_tune(data: dict, item: Downstream, base: Path, folder: Path, run: Run, 
         "test_examples": len(ids["test"]),
         "stderr": float(np.sqrt(best["accuracy"] * (1 - best["accuracy"]) / len(ids["test"]))),
         "seed": run.params.seed,
+        "from_mirror": bool(item.dataset and hub.mirrored(item.dataset)),
         "duration_s": round(time.monotonic() - started, 2),
     }
 

@@ -71,7 +71,9 @@ def perplexity(
     }
 
 
-def by_source(model: PreTrainedModel, corpus: Stage, tokenizer: Any, context: int) -> dict[str, dict]:
+def by_source(
+    model: PreTrainedModel, corpus: Stage, tokenizer: Any, context: int, status: Path | None = None
+) -> dict[str, dict]:
     """Loss and bits per byte of the held-out documents of each source, every document scored on its own.
 
     As in `perplexity`, a long document's later blocks leave their first token unscored; bits per byte counts it at the
@@ -80,8 +82,9 @@ def by_source(model: PreTrainedModel, corpus: Stage, tokenizer: Any, context: in
     device = next(model.parameters()).device
     # nats, tokens scored, tokens, bytes, documents
     sums: dict[str, np.ndarray] = {}
-    with torch.no_grad():
+    with torch.no_grad(), Progress("held-out documents scored", None, status) as progress:
         for row in documents(corpus, "corpus", "test", ["text", "source"]):
+            progress.update(progress.done + 1)
             ids = torch.tensor([tokenizer(row["text"], split_special_tokens=True)["input_ids"]], device=device)
             found = sums.setdefault(row["source"], np.zeros(5))
             for block in ids.split(context, dim=1):
@@ -158,7 +161,7 @@ def evaluate(run: Run) -> Stage:
         model = load_model(trained.folder / "model", hardware)
         tokenizer = load_tokenizer(trained.folder / "model")
         final = perplexity(model, blocks, text_bytes=text_bytes, batch_size=settings.batch_size)
-        sources = by_source(model, corpus, tokenizer, context)
+        sources = by_source(model, corpus, tokenizer, context, stage.folder / "status.json")
         harness = run_harness(
             model,
             tokenizer,

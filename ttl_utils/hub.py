@@ -29,21 +29,24 @@ def load(dataset: str, config: str | None, split: str, revision: str | None = No
     import datasets
     from huggingface_hub.errors import HTTPError
 
+    check(dataset, revision)
     folder = mirrored(dataset)
-    advice = "or set TTL_MIRROR to a folder that holds it as <owner>/<name>"
-    if folder is None:
-        _check_reachable(dataset, revision, advice)
     try:
         if folder is not None:
             return datasets.load_dataset(str(folder), config, split=split, streaming=streaming)
         return datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=streaming)
-    except (ValueError, RuntimeError, OSError, HTTPError) as error:
+    except (ValueError, RuntimeError, OSError, HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SourceError(f"data set {dataset!r} (config {config}, split {split}) does not open: {reason}") from error
 
 
-def _check_reachable(dataset: str, revision: str | None, advice: str) -> None:
-    # one quick question: load_dataset itself would retry for half a minute before it says anything
+def check(dataset: str | None, revision: str | None = None) -> bool:
+    """Whether a mirror stands in for the data set; raises SourceError where neither mirror nor hub has it.
+
+    One quick question: `load_dataset` itself would retry for half a minute before it says anything.
+    """
+    if dataset is None or mirrored(dataset):
+        return dataset is not None
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -52,6 +55,7 @@ def _check_reachable(dataset: str, revision: str | None, advice: str) -> None:
         RepositoryNotFoundError,
     )
 
+    advice = "or set TTL_MIRROR to a folder that holds it as <owner>/<name>"
     try:
         HfApi().dataset_info(dataset, revision=revision, timeout=20)
     except GatedRepoError:
@@ -68,6 +72,7 @@ def _check_reachable(dataset: str, revision: str | None, advice: str) -> None:
         raise SourceError(
             f"data set {dataset!r}: the Hugging Face hub cannot be reached ({reason}). Connect to the network, {advice}"
         ) from None
+    return False
 
 
 def rows(dataset: Any, columns: dict[str, str]) -> Iterator[dict]:
@@ -83,7 +88,7 @@ def rows(dataset: Any, columns: dict[str, str]) -> Iterator[dict]:
         except (OSError, HTTPError) as error:
             reason = " ".join(str(error).split())[:200]
             raise SourceError(
-                f"the data set stopped in the middle ({reason}): run again when it can be read"
+                f"the data set stopped in the middle ({reason}): run again, and it is read from its beginning"
             ) from error
         missing = [column for column in columns.values() if column not in row]
         if missing:

@@ -65,7 +65,7 @@ def headline(size: str) -> dict[str, Figure]:
     if size not in set(rows["size"]):
         raise TTLError(f"nothing published for {size!r}: choose one of {', '.join(rows['size'].unique())}")
     return {
-        row.metric: Figure(row.value, row.unit, row.source, row.tolerance)
+        row.metric: Figure(row.value, row.unit, row.source, float(row.tolerance or "nan"))
         for row in rows[rows["size"] == size].itertuples()
     }
 
@@ -139,6 +139,9 @@ def compare(
 
 def _verdict(ours: float, figure: Figure) -> tuple[float, str]:
     difference = 100 * (ours - figure.value) / figure.value
+    # no tolerance: of another text, vocabulary or protocol, whatever the configuration
+    if math.isnan(figure.tolerance):
+        return difference, "not comparable"
     slack = 1e-9  # a value exactly on the boundary counts as inside despite rounding
     if abs(difference) <= figure.tolerance + slack:
         return difference, "reproduced"

@@ -79,7 +79,8 @@ class Run:
         if not stage.finished:
             raise MissingStage(
                 f"{name} of run {self.name!r} is not finished ({stage.folder}): make it with "
-                f"`ttl run {self._command()} --to {name[:2]}`, or run notebooks/{name}.ipynb first"
+                f"`ttl run {self._command()} --to {name[:2]}` (with the same --set, if any), or run "
+                f"notebooks/{name}.ipynb first"
             )
         return stage
 
@@ -195,7 +196,7 @@ class Stage:
             f"({self.folder}):\n"
             + "\n".join(f"  {line}" for line in difference)
             + f"\nGive this run another name (`run`), or move the old work aside with "
-            f"`ttl run {self.run._command()} --from {self.name[:2]} --force`"
+            f"`ttl run {self.run._command()} --from {self.name[:2]} --force` (with the same --set, if any)"
         )
 
     def set_aside(self) -> Path | None:

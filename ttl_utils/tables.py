@@ -76,20 +76,25 @@ def environment(run: Run) -> str:
     )
 
 
-def is_paper_configuration(params: Params) -> str | None:
-    """The published size whose configuration this is, or None: then nothing of ours compares with the paper's."""
+def is_paper_configuration(run: Run) -> str | None:
+    """The published size whose configuration and data these are, or None: then nothing of ours compares with it."""
+    params, data = run.params, run.stage("01_data")
+    if data.finished and any(source["from_mirror"] for source in data.metrics()["sources"]):
+        return None
     flat = {**params.model.model_dump(), **params.pretraining.model_dump(), "vocab_size": params.tokenizer.vocab_size}
-    return paper.is_paper_configuration({key: flat[key] for key in paper.CONFIGURATION})
+    size = paper.is_paper_configuration({key: flat[key] for key in paper.CONFIGURATION})
+    same_data = size is not None and params.data.identity() == load_params({"size": size}).data.identity()
+    return size if same_data else None
 
 
-def verdict_of(params: Params) -> str:
+def verdict_of(run: Run) -> str:
     """For figures that no tolerance judges: a run of another configuration is not comparable."""
-    return "not comparable" if is_paper_configuration(params) is None else "for comparison"
+    return "not comparable" if is_paper_configuration(run) is None else "for comparison"
 
 
 def against_paper(run: Run, ours: dict[str, Any], metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Our figures beside the published ones with a verdict; a verdict needs the paper's own configuration."""
-    size = is_paper_configuration(run.params)
+    size = is_paper_configuration(run)
     return paper.compare(ours, size or run.params.size, size is not None, metrics)
 
 
@@ -150,5 +155,6 @@ def published_scores(metrics: dict[str, Any]) -> dict[str, float | None]:
         ours[f"harness_{name}"] = 100 * row["value"] if real else None
     for name in ("imdb", "faquad_nli", "hatebr", "assin2", "agnews"):
         found = metrics["downstream"].get(name, {})
-        ours[f"downstream_{name}"] = 100 * found["accuracy"] if "accuracy" in found else None
+        real = "accuracy" in found and not found["from_mirror"]
+        ours[f"downstream_{name}"] = 100 * found["accuracy"] if real else None
     return ours

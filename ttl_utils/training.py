@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from torch.nn.functional import cross_entropy
 
 from ttl_utils import checkpoints
@@ -99,7 +101,11 @@ def make_accelerator(hardware: Hardware) -> Accelerator:
     if asked == 1:
         # Accelerate keeps a process's first device and precision; in a notebook the next cell may want others
         AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=hardware.mixed_precision, cpu=hardware.device == "cpu")
+    # the other processes wait while the first one evaluates, which may take longer than the default ten minutes
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(
+        mixed_precision=hardware.mixed_precision, cpu=hardware.device == "cpu", kwargs_handlers=[patience]
+    )
     if accelerator.num_processes != asked:
         raise TTLError(
             f"{asked} processes were asked for and Accelerate runs {accelerator.num_processes}: on a CPU, set "
