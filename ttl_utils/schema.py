@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,26 +44,48 @@ def _plain(value: Any) -> Any:
 
 
 class Filter(Section):
-    """Thresholds of the basic cleaning for one kind of text."""
+    """Thresholds for one kind of text: the rules of Gopher (Rae et al. 2021, appendix A), language and near copies."""
 
+    max_characters: Positive
     min_words: int
     max_words: Positive
     min_mean_word_length: float
     max_mean_word_length: float
-    min_letter_words: Share
     max_symbols_per_word: float
+    max_bullet_lines: Share
+    max_ellipsis_lines: Share
+    min_letter_words: Share
     min_stop_words: int
+    max_duplicate_lines: Share
+    max_duplicate_line_characters: Share
+    max_duplicate_paragraphs: Share
+    max_duplicate_paragraph_characters: Share
+    max_top_ngrams: list[Share] = Field(min_length=3, max_length=3)
+    max_duplicate_ngrams: list[Share] = Field(min_length=6, max_length=6)
+    min_language_probability: Share
+    near_duplicates: bool
+
+
+class Origin(Section):
+    """A part of a mixed data set: its documents are told by a pattern in the set's origin column."""
+
+    pattern: str
+    kind: Literal["plain", "instruction"]
+    filter: str
+    licence: str
 
 
 class Source(Section):
-    """One place where text comes from: a wheel of the package index, or a data set of the hub."""
+    """One place where text comes from: a wheel of the package index, a data set of the hub, or local files."""
 
     name: str
     use: Literal["corpus", "chat", "downstream"]
     kind: Literal["plain", "instruction"]
     filter: str
     licence: str
+    collection: str | None = None
     limit: Positive | None = None
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
     # a wheel, read as a data archive
     package: str | None = None
     version: str | None = None
@@ -73,45 +96,160 @@ class Source(Section):
     config: str | None = None
     split: str | None = None
     revision: str | None = None
-    column: str | None = None
+    # local files: Parquet, JSON lines or text, the last two also compressed
+    files: list[str] = []
+    text_documents: Literal["file", "line", "blank line"] = "file"
+    # of the hub and of files: what is read of a row
+    columns: list[str] = []
+    where: dict[str, str | int | bool] = {}
     origin_column: str | None = None
-    instruction_pattern: str | None = None
+    origins: list[Origin] = []
 
     @model_validator(mode="after")
     def one_origin(self) -> Source:
-        wheel, hub = (
-            (self.package, self.version, self.sha256, self.reader),
-            (self.dataset, self.split, self.column),
-        )
-        if not (all(wheel) and not any(hub)) and not (all(hub) and not any(wheel)):
+        wheel = (self.package, self.version, self.sha256, self.reader)
+        hub = (self.dataset, self.split)
+        given = [any(wheel), any(hub), bool(self.files)]
+        whole = all(wheel) or (all(hub) and self.columns) or self.files
+        if sum(given) != 1 or not whole:
             raise ValueError(
-                f"source {self.name!r} needs either package, version, sha256 and reader (a wheel) "
-                "or dataset, split and column (the hub)"
+                f"source {self.name!r} needs either package, version, sha256 and reader (a wheel), "
+                "or dataset, split and columns (the hub), or files (on this machine)"
             )
+        for origin in self.origins:
+            try:
+                re.compile(origin.pattern)
+            except re.error as error:
+                raise ValueError(f"source {self.name!r}: pattern {origin.pattern!r} is not one ({error})") from None
+        if self.origins and not self.origin_column:
+            raise ValueError(f"source {self.name!r} has origins, but no origin_column to tell them by")
         return self
 
 
+class PersonalData(Section):
+    """What is done with each kind of personal data: `drop` rejects the whole document."""
+
+    cpf: Literal["keep", "mask", "drop"]
+    email: Literal["keep", "mask", "drop"]
+    telephone: Literal["keep", "mask", "drop"]
+    handle: Literal["keep", "mask", "drop"]
+
+
+class NearDuplicates(Section):
+    """MinHash over word n-grams: two texts are candidates when all `rows` hashes of one of `bands` agree."""
+
+    ngram: Positive
+    bands: Positive
+    rows: Positive
+
+
+class Toxicity(Section):
+    """The classifier whose low scores reject a document."""
+
+    model: str
+    revision: str | None = None
+    threshold: float
+    max_length: Positive
+    batch_size: Positive = free()
+
+
+class TextSet(Section):
+    """Texts of a data set of the hub or of local files, to be read beside the corpus."""
+
+    name: str
+    dataset: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    files: list[str] = []
+    text_documents: Literal["file", "line", "blank line"] = "file"
+    columns: list[str] = []
+
+    @model_validator(mode="after")
+    def one_origin(self) -> TextSet:
+        if bool(self.dataset) == bool(self.files) or (self.dataset and not (self.split and self.columns)):
+            raise ValueError(f"{self.name!r} needs either dataset, split and columns (the hub) or files")
+        return self
+
+
+class Overlap(Section):
+    """Which evaluation sets are looked for in the training text, by word n-grams."""
+
+    ngram: Positive
+    sets: list[TextSet]
+
+
 class Data(Section):
+    collection: str | None
     sources: list[Source] = Field(min_length=1)
     filters: dict[str, Filter]
+    language: Annotated[str, Field(min_length=2, max_length=3)]
+    permissive_only: bool
+    personal_data: PersonalData
+    near_duplicates: NearDuplicates
+    toxicity: Toxicity | None
+    overlap: Overlap = free()
     test_share: Share
     passage_sentences: Positive
     instruction_copies: Positive
     shard_mb: Positive = free()
+    workers: Positive | None = free()
 
     @model_validator(mode="after")
-    def known_filters(self) -> Data:
+    def known_names(self) -> Data:
         for source in self.sources:
-            if source.filter not in self.filters:
-                known = ", ".join(self.filters)
-                raise ValueError(f"source {source.name!r} names filter {source.filter!r}; known filters: {known}")
+            for name in (source.filter, *(origin.filter for origin in source.origins)):
+                if name not in self.filters:
+                    known = ", ".join(self.filters)
+                    raise ValueError(f"source {source.name!r} names filter {name!r}; known filters: {known}")
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError("two sources have the same name")
+        collections = {source.collection for source in self.sources if source.collection}
+        if self.collection is not None and self.collection not in collections:
+            known = ", ".join(sorted(collections)) or "none"
+            raise ValueError(f"collection {self.collection!r}: no source belongs to it; known collections: {known}")
+        if not self.active:
+            raise ValueError("collection null leaves no source: every source belongs to a collection")
         return self
+
+    @property
+    def active(self) -> list[Source]:
+        """The sources that are read: those of the chosen collection, and those that belong to none."""
+        return [source for source in self.sources if source.collection in (None, self.collection)]
+
+    def identity(self) -> dict:
+        # a source that is not read, and a filter that none uses, change no result
+        filters = {item.filter for source in self.active for item in (source, *source.origins)}
+        kept = super().identity() | {"sources": [source.identity() for source in self.active]}
+        return kept | {"filters": {name: kept["filters"][name] for name in self.filters if name in filters}}
+
+
+class Tokens(Section):
+    """A tokenized data set of the hub, taken in the place of the corpus of stage 01."""
+
+    dataset: str
+    config: str | None = None
+    revision: str | None = None
+    train_split: str
+    test_split: str
+    column: str
+
+
+class Comparison(Section):
+    """Other tokenizers beside ours: trained on the same lines, or loaded."""
+
+    algorithms: list[Literal["bpe", "unigram", "wordpiece"]]
+    samples: Positive
+    documents: Positive
+    tokenizers: list[str]
+    texts: list[TextSet]
 
 
 class Tokenizer(Section):
+    source: str | None
+    revision: str | None
+    tokens: Tokens | None
     vocab_size: Annotated[int, Field(ge=300, le=65_000)]
     train_samples: Positive
     character_coverage: Share
@@ -119,8 +257,15 @@ class Tokenizer(Section):
     split_digits: bool
     append_eos: bool
     efficiency_words: Positive
+    comparison: Comparison = free()
     parity_documents: Positive | None = free()
     shard_tokens: Positive = free()
+
+    @model_validator(mode="after")
+    def tokens_have_a_tokenizer(self) -> Tokenizer:
+        if self.tokens and not self.source:
+            raise ValueError("tokens are given, but not source: the tokenizer that made them")
+        return self
 
 
 class Model(Section):
@@ -176,6 +321,8 @@ class Optimisation(Section):
 
 class Pretraining(Optimisation):
     max_steps: Positive
+    block_size: Annotated[int, Field(ge=8)] | None
+    isolate_documents: bool
     eval_steps: Positive = free()
     eval_tokens: Positive | None = free()
     prompts: list[str] = free()
@@ -259,14 +406,20 @@ class Parameters(BaseModel):
     @model_validator(mode="after")
     def sections_fit(self) -> Parameters:
         context = self.model.max_position_embeddings
-        for name in ("pretraining", "chat"):
+        block = self.pretraining.block_size or context
+        if block > context:
+            raise ValueError(
+                f"pretraining.block_size {block} is longer than model.max_position_embeddings {context}"
+            )
+        for name, length in (("pretraining", block), ("chat", context)):
             section = getattr(self, name)
-            micro = section.per_device_train_batch_size * context
+            micro = section.per_device_train_batch_size * length
             if section.tokens_per_step % micro:
+                what = "model.max_position_embeddings" if length == context else "pretraining.block_size"
                 raise ValueError(
                     f"{name}.tokens_per_step {section.tokens_per_step} is not a multiple of "
-                    f"{name}.per_device_train_batch_size x model.max_position_embeddings "
-                    f"({section.per_device_train_batch_size} x {context} = {micro})"
+                    f"{name}.per_device_train_batch_size x {what} "
+                    f"({section.per_device_train_batch_size} x {length} = {micro})"
                 )
         for item in self.evaluation.downstream:
             if item.max_length > context:
