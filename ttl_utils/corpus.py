@@ -1,33 +1,53 @@
-"""Stage 01: sources become cleaned documents with source and licence, split before anything else."""
+"""Stage 01: sources become cleaned documents with source and licence, split before anything else.
+
+In three steps, each at flat memory and each going on where it was stopped:
+
+1. read: every source is read in parts of about 64 MB; worker processes clean and judge (`judge.py`); a part's kept
+   documents, what marks them and its counts are written, then its `.json`, with the place to read on from.
+2. mark: exact and near duplicates over all parts, training texts that equal a held-out one, toxic ones.
+3. write: what is left goes to `<use>/<side>-NNNNN.parquet`, and the working folder is deleted.
+"""
 
 from __future__ import annotations
 
-import re
+import contextlib
+import json
+import multiprocessing
+import os
 import shutil
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ttl_utils import filters, hub, wheels
+from ttl_utils import datasheet, duplicates, filters, hub, language, sources
 from ttl_utils.errors import SourceError, TTLError
+from ttl_utils.files import read_json, write_json
+from ttl_utils.judge import SIDES, Batch, Judge, judge_in_worker, start_worker
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
-from ttl_utils.schema import Source
+from ttl_utils.schema import Data, Source
 
 _TURN = pa.struct([("role", pa.string()), ("content", pa.string())])
 _COMMON = [(name, pa.string()) for name in ("text", "source", "origin", "kind", "licence")]
+_MESSAGES, _LABEL = ("messages", pa.list_(_TURN)), ("label", pa.int64())
 SCHEMAS = {
     "corpus": pa.schema(_COMMON),
-    "chat": pa.schema([*_COMMON, ("messages", pa.list_(_TURN))]),
-    "downstream": pa.schema([*_COMMON, ("label", pa.int64())]),
+    "chat": pa.schema([*_COMMON, _MESSAGES]),
+    "downstream": pa.schema([*_COMMON, _LABEL]),
 }
-SIDES = ("train", "test")
-# documents of the hub that begin with the same words are on one side: copies, cuts, and a conversation as text
-UNIT_WORDS = 12
+PART_SCHEMA = pa.schema([*_COMMON, ("part", pa.string()), ("side", pa.string()), _MESSAGES, _LABEL])
+# what is read between two places to go on from, and what a worker is given at a time
+PART_CHARACTERS, BATCH_CHARACTERS, BATCH_ROWS = 2**26, 2**20, 512
+# what the mark of a document says, in the order of looking
+MARKS = ("kept", "exact duplicate", "near duplicate", "same words as a held-out text", "toxic")
+KEPT, EXACT, NEAR, HELD_OUT, TOXIC = range(5)
 
 
 class ShardWriter:
@@ -70,189 +90,317 @@ class ShardWriter:
         return self.paths
 
 
-def read_source(source: Source, run: Run, counts: Counter) -> Iterator[dict]:
-    """Rows {text} and, where the source has them, unit, turns, label, origin."""
-    if source.package:
-        yield from wheels.read(source, run.params.data, counts)
-        return
-    data = hub.load(source.dataset, source.config, source.split, source.revision)
-    columns = {"content": source.column}
-    if source.origin_column:
-        columns["origin"] = source.origin_column
-    for row in hub.rows(data, columns):
-        yield _from_hub(row, counts)
-
-
-def _from_hub(row: dict, counts: Counter) -> dict:
-    content = row["content"]
-    if content is None or isinstance(content, str):
-        return {"text": content or "", "origin": row.get("origin")}
-    try:
-        turns = [turn["content"] for turn in content]
-        if None in turns:
-            counts["turn without text"] += 1
-            return {"text": "", "turns": []}
-        roles = [turn["role"] for turn in content]
-        text = "\n\n".join(turns)
-    except (TypeError, KeyError) as error:
-        raise SourceError(f"a conversation is not a list of {{role, content}}: {str(content)[:80]}") from error
-    if roles != ["user", "assistant"] * (len(roles) // 2):
-        counts["turns do not alternate"] += 1
-        return {"text": "", "turns": []}
-    return {"text": text, "turns": turns}
-
-
-def _kind(source: Source, origin: str | None) -> str:
-    """A mixed set (the published corpus) says in a column where a document comes from."""
-    if source.instruction_pattern and origin and re.search(source.instruction_pattern, origin, re.IGNORECASE):
-        return "instruction"
-    return source.kind
-
-
 def prepare_corpus(run: Run) -> Stage:
     """Make stage 01: documents to learn from and to score, as Parquet files by use and side.
 
     The side of a document is a pure function of the seed and its unit: the text it was made from (a tweet, a passage,
     a conversation), together with the texts that hold it. So what is scored in any stage is in no training text of any
-    stage. For a set of the hub the unit is the first words of the document: copies share it, whatever their kind.
+    stage. For a set of the hub and for files the unit is the first words of the document: copies share it, whatever
+    their kind.
 
     Raises:
         SourceError: a source cannot be reached, or its bytes are not the expected ones.
+        ParameterError: the language has no stop words here, or the language check does not know it.
     """
     stage = run.stage("01_data")
+    work = stage.folder / "work"
     if stage.reuse():
+        shutil.rmtree(work, ignore_errors=True)
         return stage
+    data = run.params.data
+    if any(rules.min_stop_words for rules in data.filters.values()):
+        filters.check_language(data.language)
+    if any(rules.min_language_probability for rules in data.filters.values()):
+        language.check(data.language)
     with stage.work():
         for use in SCHEMAS:
             shutil.rmtree(stage.folder / use, ignore_errors=True)
         # a set that cannot be had is found out now, not after hours of reading the others
-        mirrored = {source.name: hub.check(source.dataset, source.revision) for source in run.params.data.sources}
-        sources, outputs = _read_all(run, stage)
-        for source in sources:
-            source["from_mirror"] = mirrored[source["source"]]
-        metrics = _metrics(sources) | _overlap(outputs)
-        if metrics["held_out_in_training"]:
-            raise TTLError(
-                f"{metrics['held_out_in_training']} held-out texts are in training text: a fault of the split"
-            )
+        mirrored = {source.name: hub.check(source.dataset, source.revision) for source in data.active}
+        parts = _read_all(run, stage, work)
+        marks, toxicity = _mark(run, stage, work, parts)
+        outputs, kept = _write(run, stage, parts, marks)
+        reports = [datasheet.source_report(source, kept, _counts(parts, source)) for source in data.active]
+        for report in reports:
+            report["from_mirror"] = mirrored[report["source"]]
+        metrics = datasheet.metrics(reports, kept, toxicity)
+        datasheet.write(stage.folder / "data_sheet.md", run.name, metrics)
         stage.finish(metrics, outputs)
+    shutil.rmtree(work)
     return stage
 
 
-def _read_all(run: Run, stage: Stage) -> tuple[list[dict], dict[str, list[Path]]]:
+class WorkPart(NamedTuple):
+    """A part of a source on disk: `<path>.parquet`, arrays beside it, and `<path>.json`, which is written last."""
+
+    source: str
+    path: Path
+
+    @property
+    def record(self) -> dict:
+        return read_json(self.path.with_suffix(".json"))
+
+    def rows(self, columns: list[str] | None = None) -> Iterator[dict]:
+        return _rows([self.path.with_suffix(".parquet")], columns)
+
+
+# step 1: read
+
+
+def _read_all(run: Run, stage: Stage, work: Path) -> list[WorkPart]:
     data = run.params.data
-    writers = {(use, side): ShardWriter(stage.folder, use, side, data.shard_mb) for use in SCHEMAS for side in SIDES}
-    seen = filters.SeenTexts(stage.folder / "seen.sqlite")
-    reports = []
+    workers = data.workers or os.cpu_count() or 1
+    parts: list[WorkPart] = []
+    with Progress("documents", None, stage.folder / "status.json") as progress, contextlib.ExitStack() as stack:
+        # a wheel is small: starting processes would take longer than its text
+        pool = None
+        if workers > 1 and not all(source.package for source in data.active):
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(workers, context, start_worker, (data, run.params.seed))
+            stack.callback(pool.shutdown, cancel_futures=True)
+        judge = Judge(data, run.params.seed)
+        before = 0
+        for number, source in enumerate(data.active):
+            folder = work / f"{number:02}-{source.name}"
+            found, documents = _read_source(
+                source, data, folder, judge, None if source.package else pool, progress, before
+            )
+            parts += [WorkPart(source.name, path) for path in found]
+            before += documents
+    return parts
+
+
+def _read_source(
+    source: Source,
+    data: Data,
+    folder: Path,
+    judge: Judge,
+    pool: ProcessPoolExecutor | None,
+    progress: Progress,
+    before: int,
+) -> tuple[list[Path], int]:
+    """Read one source to its end, from the place where an earlier run stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = sorted(path.with_suffix("") for path in folder.glob("part-*.json"))
+    last = read_json(done[-1].with_suffix(".json")) if done else {"state": None, "ended": False, "documents": 0}
+    documents = last["documents"]
+    if last["ended"]:
+        return done, documents
+    if done:
+        print(f"source {source.name!r}: {documents:,} documents were read before, going on")
+    left_out: Counter = Counter()
+    reader = sources.open_source(source, data, left_out, last["state"])
+    batches = _batches(reader, source, documents)
+    ended = False
+    while not ended:
+        path = folder / f"part-{len(done):05}"
+        judged, characters, state = [], 0, None
+        window: deque = deque()
+        for rows in batches:
+            window.append(pool.submit(judge_in_worker, source.name, rows) if pool else judge.judge(source.name, rows))
+            # a few batches ahead of the workers, never the whole source
+            while len(window) > 2 * (data.workers or os.cpu_count() or 1):
+                judged.append(_result(window.popleft(), source))
+            documents += len(rows)
+            progress.update(before + documents, source.name)
+            characters += sum(row.get("size", len(row["text"])) for row in rows)
+            if characters >= PART_CHARACTERS and not source.package:
+                state = reader.state()
+                break
+        else:
+            ended = True
+        judged += [_result(item, source) for item in window]
+        record = {"state": state, "ended": ended, "documents": documents, "left_out": dict(left_out)}
+        _write_part(path, judged, record)
+        left_out.clear()
+        done.append(path)
+    return done, documents
+
+
+def _result(item: Any, source: Source) -> Batch:
+    if isinstance(item, Batch):
+        return item
     try:
-        with Progress("documents", None, stage.folder / "status.json") as progress:
-            total = 0
-            for source in data.sources:
-                report = _read_source(run, source, writers, seen, progress, total)
-                total += report["documents_in"]
-                reports.append(report)
+        return item.result()
+    except BrokenProcessPool:
+        raise TTLError(
+            f"source {source.name!r}: a worker process was ended from outside, most likely for want of memory; what "
+            "was done is kept: set data.workers to fewer processes, and run again"
+        ) from None
+
+
+def _batches(reader: Iterable[dict], source: Source, documents: int) -> Iterator[list[dict]]:
+    """Lists of rows for a worker, at most `limit` rows of the source in all."""
+    needed = {"chat": "turns", "downstream": "label"}.get(source.use)
+    rows, characters = [], 0
+    for row in reader:
+        if needed and needed not in row and "problem" not in row:
+            raise SourceError(f"source {source.name!r} gives no {needed}, which `use: {source.use}` needs")
+        rows.append(row)
+        characters += len(row["text"])
+        if characters >= BATCH_CHARACTERS or len(rows) == BATCH_ROWS:
+            yield rows
+            rows, characters = [], 0
+    if rows:
+        yield rows
+
+
+def _write_part(path: Path, judged: list[Batch], record: dict) -> None:
+    rows = [row for batch in judged for row in batch.rows]
+    digests = [item for batch in judged for item in batch.digests]
+    bands = [item for batch in judged for item in batch.bands]
+    keys = [item for batch in judged for item in batch.keys]
+    counts: Counter = sum((batch.counts for batch in judged), Counter())
+    pq.write_table(pa.Table.from_pylist(rows, PART_SCHEMA), path.with_suffix(".parquet"), compression="zstd")
+    np.save(path.with_suffix(".digests.npy"), np.array(digests, "<u8").reshape(-1, 2))
+    np.save(path.with_suffix(".bands.npy"), np.array(bands, "<u8").T.copy())
+    np.save(path.with_suffix(".keys.npy"), np.array(keys, "<u8"))
+    np.save(path.with_suffix(".held.npy"), np.array([row["side"] == "test" for row in rows], bool))
+    write_json(path.with_suffix(".json"), record | {"counts": [[*key, count] for key, count in counts.items()]})
+
+
+def _counts(parts: list[WorkPart], source: Source) -> Counter:
+    """What was counted while the source was read: (what, part of the source[, reason]), summed over its parts."""
+    counts: Counter = Counter()
+    for part in parts:
+        if part.source == source.name:
+            record = part.record
+            for *key, count in record["counts"]:
+                counts[tuple(key)] += count
+            for reason, count in record["left_out"].items():
+                counts["left out", reason] += count
+    return counts
+
+
+# step 2: mark
+
+
+def _mark(run: Run, stage: Stage, work: Path, parts: list[WorkPart]) -> tuple[np.ndarray, dict]:
+    """A mark (index of MARKS) for every document that was judged good, in order, and what the classifier said."""
+    with Progress("duplicates", None, stage.folder / "status.json") as progress:
+        marked = duplicates.mark([part.path for part in parts], work, progress.update)
+    marks = np.load(marked)
+    _mark_held_out(parts, marks)
+    return marks, _mark_toxic(run.params.data, stage, parts, marks)
+
+
+def _mark_held_out(parts: list[WorkPart], marks: np.ndarray) -> None:
+    """Mark what is learned from and has the words of a held-out text of any use, case, digits and punctuation aside."""
+    held_out, start = [np.empty(0, np.uint64)], 0
+    for part in parts:
+        held = np.load(part.path.with_suffix(".held.npy"))
+        kept = marks[start : start + len(held)] == KEPT
+        held_out.append(np.load(part.path.with_suffix(".keys.npy"))[held & kept])
+        start += len(held)
+    scored, start = np.unique(np.concatenate(held_out)), 0
+    for part in parts:
+        held = np.load(part.path.with_suffix(".held.npy"))
+        mine = marks[start : start + len(held)]
+        found = np.isin(np.load(part.path.with_suffix(".keys.npy")), scored)
+        mine[found & ~held & (mine == KEPT)] = HELD_OUT
+        start += len(held)
+
+
+def _mark_toxic(data: Data, stage: Stage, parts: list[WorkPart], marks: np.ndarray) -> dict:
+    """Scores of the classifier for what is still kept, saved part by part; where it cannot be had, the reason."""
+    from ttl_utils import toxicity
+
+    settings = data.toxicity
+    if settings is None:
+        return {"ran": False, "why": "data.toxicity is null"}
+    corpus = {source.name for source in data.active if source.use == "corpus"}
+    try:
+        scorer = toxicity.load(settings)
+    except SourceError as error:
+        print(f"toxicity: skipped, {error}")
+        return {"ran": False, "why": str(error)}
+    start, scores, names = 0, [], []
+    with Progress("toxicity, documents", int((marks == KEPT).sum()), stage.folder / "status.json") as progress:
+        for part in parts:
+            texts = [row["text"] for row in part.rows(["text"])]
+            kept = np.flatnonzero(marks[start : start + len(texts)] == KEPT)
+            if part.source in corpus and len(kept):
+                found = _scores(part.path.with_suffix(".toxicity.npy"), scorer, [texts[index] for index in kept])
+                marks[start + kept[found < settings.threshold]] = TOXIC
+                scores.append(found)
+                names += [part.source] * len(found)
+                progress.update(progress.done + len(found), part.source)
+            start += len(texts)
+    every = np.concatenate(scores) if scores else np.empty(0, np.float32)
+    table = toxicity.sensitivity(every, names, settings.threshold)
+    return {
+        "ran": True,
+        "model": settings.model,
+        "threshold": settings.threshold,
+        "scored": len(every),
+        "sensitivity": table.to_dict("records"),
+    }
+
+
+def _scores(path: Path, scorer: Any, texts: list[str]) -> np.ndarray:
+    if path.is_file():
+        found = np.load(path)
+        # the same parts and marks as before, unless the part was damaged
+        if len(found) == len(texts):
+            return found
+    found = scorer.scores(texts)
+    partial = path.with_suffix(".partial.npy")
+    np.save(partial, found)
+    os.replace(partial, path)
+    return found
+
+
+# step 3: write
+
+
+def _write(run: Run, stage: Stage, parts: list[WorkPart], marks: np.ndarray) -> tuple[dict[str, list[Path]], Counter]:
+    """The files of the stage, and counts of what they hold by (what, source, part of the source)."""
+    data = run.params.data
+    uses = {source.name: source.use for source in data.active}
+    writers = {(use, side): ShardWriter(stage.folder, use, side, data.shard_mb) for use in SCHEMAS for side in SIDES}
+    kept: Counter = Counter()
+    try:
+        with Progress("documents written", len(marks), stage.folder / "status.json") as progress:
+            place = 0
+            for part in parts:
+                for row in part.rows():
+                    key, mark = (part.source, row.pop("part")), marks[place]
+                    side = row.pop("side")
+                    place += 1
+                    progress.update(place)
+                    if mark != KEPT:
+                        kept[MARKS[mark], *key] += 1
+                        continue
+                    use, characters = uses[part.source], len(row["text"])
+                    writers[use, side].add({name: row[name] for name in SCHEMAS[use].names})
+                    kept["documents", *key] += 1
+                    kept[f"{side} documents", *key] += 1
+                    kept[f"{side} characters", *key] += characters
+                    kept[f"{row['kind']} characters", *key] += characters
+                    kept[f"licence {row['licence']}", *key] += characters
+                    if use == "corpus":
+                        kept[f"words {datasheet.length_bin(row['text'])}", row["kind"]] += 1
         outputs = {use: [path for side in SIDES for path in writers[use, side].close()] for use in SCHEMAS}
     finally:
         for writer in writers.values():
             writer._close_file()
-        seen.close()
-    return reports, outputs
+    return outputs, kept
 
 
-def _read_source(
-    run: Run, source: Source, writers: dict, seen: filters.SeenTexts, progress: Progress, before: int
-) -> dict:
-    data, rejected, kept = run.params.data, Counter(), Counter()
-    left_out: Counter = Counter()
-    documents_in = characters_in = 0
-    needed = {"chat": "turns", "downstream": "label"}.get(source.use)
-    for row in read_source(source, run, left_out):
-        if source.limit and documents_in == source.limit:
-            break
-        if needed and needed not in row:
-            raise SourceError(f"source {source.name!r} gives no {needed}, which `use: {source.use}` needs")
-        documents_in += 1
-        progress.update(before + documents_in, source.name)
-        text = filters.clean(row["text"])
-        characters_in += len(row["text"])
-        reason = filters.rejection(text, data.filters[source.filter])
-        if reason is None and not seen.add(f"{source.use}\n{text}"):
-            reason = "exact duplicate"
-        if reason is not None:
-            rejected[reason] += 1
-            continue
-        kind = _kind(source, row.get("origin"))
-        unit = row.get("unit")
-        # an empty unit (a tweet without one word) is a unit too: all that is made from it is on one side
-        if unit is None:
-            unit = " ".join(filters.unit_key(text).split()[:UNIT_WORDS])
-        side = SIDES[filters.is_held_out(unit, run.params.seed, data.test_share)]
-        document: dict[str, Any] = {
-            "text": text,
-            "source": source.name,
-            "origin": row.get("origin"),
-            "kind": kind,
-            "licence": source.licence,
-        }
-        if source.use == "chat":
-            roles = ("user", "assistant")
-            turns = enumerate(map(filters.clean, row["turns"]))
-            document["messages"] = [{"role": roles[number % 2], "content": turn} for number, turn in turns]
-        if source.use == "downstream":
-            document["label"] = row["label"]
-        writers[source.use, side].add(document)
-        kept[f"{side} documents"] += 1
-        kept[f"{side} characters"] += len(text)
-        kept[f"{kind} characters"] += len(text)
-    return {
-        "source": source.name,
-        "use": source.use,
-        "kind": source.kind,
-        "licence": source.licence,
-        "documents_in": documents_in,
-        "characters_in": characters_in,
-        "documents_kept": documents_in - sum(rejected.values()),
-        "characters_kept": kept["train characters"] + kept["test characters"],
-        "rejected": dict(sorted(rejected.items())),
-        "left_out_on_reading": dict(sorted(left_out.items())),
-        **{name.replace(" ", "_"): kept[name] for name in sorted(kept)},
-    }
+def documents(
+    stage: Stage, use: str, side: str, columns: list[str] | None = None, skip: int = 0
+) -> Iterator[dict]:
+    """The documents of a finished stage 01, in order, a batch in memory at a time; the first `skip` are passed over."""
+    return _rows([path for path in stage.files(use) if path.name.startswith(f"{side}-")], columns, skip)
 
 
-def _metrics(sources: list[dict]) -> dict:
-    corpus = [report for report in sources if report["use"] == "corpus"]
-    characters = sum(report["characters_kept"] for report in corpus)
-    instructions = sum(report.get("instruction_characters", 0) for report in corpus)
-    return {
-        "documents_in": sum(report["documents_in"] for report in corpus),
-        "documents_kept": sum(report["documents_kept"] for report in corpus),
-        "characters": characters,
-        # of characters; the paper's 60/40 names no unit, and its own totals give 66/34 by tokens
-        "instruction_share": instructions / characters if characters else None,
-        "test_characters": sum(report.get("test_characters", 0) for report in corpus),
-        "sources": sources,
-    }
-
-
-def _overlap(outputs: dict[str, list[Path]]) -> dict[str, int]:
-    """How many training texts of any use equal a held-out text, case, digits and punctuation aside: it must be none."""
-
-    def keys(side: str) -> Iterator[bytes]:
-        for use in SCHEMAS:
-            for row in _rows(outputs[use], side, ["text"]):
-                yield filters.digest(filters.unit_key(row["text"]))
-
-    held_out = set(keys("test"))
-    return {"held_out_texts": len(held_out), "held_out_in_training": sum(key in held_out for key in keys("train"))}
-
-
-def documents(stage: Stage, use: str, side: str, columns: list[str] | None = None) -> Iterator[dict]:
-    """The documents of a finished stage 01, in order, a batch in memory at a time."""
-    return _rows(stage.files(use), side, columns)
-
-
-def _rows(paths: list[Path], side: str, columns: list[str] | None) -> Iterator[dict]:
+def _rows(paths: list[Path], columns: list[str] | None, skip: int = 0) -> Iterator[dict]:
     for path in paths:
-        if path.name.startswith(f"{side}-"):
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
+        with pq.ParquetFile(path) as file:
+            if skip >= file.metadata.num_rows:
+                skip -= file.metadata.num_rows
+                continue
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                taken = batch.slice(min(skip, batch.num_rows))
+                skip -= batch.num_rows - taken.num_rows
+                yield from taken.to_pylist()
