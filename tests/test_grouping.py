@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ttl_utils.filters import unit_key
+from ttl_utils.cleaning import unit_key
 from ttl_utils.grouping import MIN_WORDS, group_contained
 
 WORDS = st.lists(st.sampled_from(["alta", "baixa", "petr0", "vale0", "hoje", "ontem", "sobe"]), min_size=1, max_size=6)

@@ -22,7 +22,9 @@ OTHERS = ["", "curto", "12 34 56 78 90 11 22 33 44 55 66", "fale com ana@exemplo
 
 def read(folder) -> list[dict]:
     return [
-        json.loads(line) for path in sorted(folder.glob("*.jsonl.gz")) for line in gzip.open(path, "rt", encoding="utf-8")
+        json.loads(line)
+        for path in sorted(folder.glob("*.jsonl.gz"))
+        for line in gzip.open(path, "rt", encoding="utf-8")
     ]
 
 

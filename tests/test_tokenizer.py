@@ -19,7 +19,7 @@ from ttl_utils import tokenizer as module
 from ttl_utils.corpus import documents
 from ttl_utils.errors import TTLError
 from ttl_utils.files import sha256
-from ttl_utils.filters import clean
+from ttl_utils.cleaning import clean
 from ttl_utils.tokenizer import (
     BOS,
     EOS,

@@ -11,7 +11,6 @@ In three steps, each at flat memory and each going on where it was stopped:
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -108,8 +107,7 @@ def prepare_corpus(run: Run) -> Stage:
         shutil.rmtree(work, ignore_errors=True)
         return stage
     data = run.params.data
-    if any(rules.min_stop_words for rules in data.filters.values()):
-        filters.check_language(data.language)
+    filters.check_language(data.language, max(rules.min_stop_words for rules in data.filters.values()))
     if any(rules.min_language_probability for rules in data.filters.values()):
         language.check(data.language)
     with stage.work():
@@ -151,7 +149,8 @@ def _read_all(run: Run, stage: Stage, work: Path) -> list[WorkPart]:
     data = run.params.data
     workers = data.workers or os.cpu_count() or 1
     parts: list[WorkPart] = []
-    with Progress("documents", None, stage.folder / "status.json") as progress, contextlib.ExitStack() as stack:
+    total = _announce(stage, sources.estimate(data.active))
+    with Progress("documents", total, stage.folder / "status.json") as progress, contextlib.ExitStack() as stack:
         # a wheel is small: starting processes would take longer than its text
         pool = None
         if workers > 1 and not all(source.package for source in data.active):
@@ -168,6 +167,28 @@ def _read_all(run: Run, stage: Stage, work: Path) -> list[WorkPart]:
             parts += [WorkPart(source.name, path) for path in found]
             before += documents
     return parts
+
+
+def _announce(stage: Stage, estimates: list[dict]) -> int | None:
+    """Say what will go over the network and onto the disk; returns the number of documents, where it is known."""
+
+    def total(name: str) -> int | None:
+        figures = [estimate[name] for estimate in estimates]
+        return None if None in figures else sum(figures)
+
+    text = sum(estimate["text_bytes"] or 0 for estimate in estimates)
+    if text:
+        download, free = total("download_bytes"), shutil.disk_usage(stage.folder).free
+        over = "unknown" if download is None else f"{download / 1e9:,.1f} GB"
+        # measured on prose: Parquet takes 0.45 of the text, once to work on and once to keep
+        needed = 0.9 * text
+        print(
+            f"sources: about {text / 1e9:,.1f} GB of text; over the network: {over} (not kept); on disk while it is "
+            f"made: about {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB free"
+        )
+        if needed > free:
+            print("the disk is too small by this estimate: free some space, or set TTL_OUTPUTS to another disk")
+    return total("documents")
 
 
 def _read_source(
@@ -277,8 +298,13 @@ def _counts(parts: list[WorkPart], source: Source) -> Counter:
 
 def _mark(run: Run, stage: Stage, work: Path, parts: list[WorkPart]) -> tuple[np.ndarray, dict]:
     """A mark (index of MARKS) for every document that was judged good, in order, and what the classifier said."""
-    with Progress("duplicates", None, stage.folder / "status.json") as progress:
-        marked = duplicates.mark([part.path for part in parts], work, progress.update)
+    with Progress("duplicates, records sorted", None, stage.folder / "status.json") as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.total = total
+            progress.update(done)
+
+        marked = duplicates.mark([part.path for part in parts], work, show)
     marks = np.load(marked)
     _mark_held_out(parts, marks)
     return marks, _mark_toxic(run.params.data, stage, parts, marks)
@@ -387,9 +413,7 @@ def _write(run: Run, stage: Stage, parts: list[WorkPart], marks: np.ndarray) -> 
     return outputs, kept
 
 
-def documents(
-    stage: Stage, use: str, side: str, columns: list[str] | None = None, skip: int = 0
-) -> Iterator[dict]:
+def documents(stage: Stage, use: str, side: str, columns: list[str] | None = None, skip: int = 0) -> Iterator[dict]:
     """The documents of a finished stage 01, in order, a batch in memory at a time; the first `skip` are passed over."""
     return _rows([path for path in stage.files(use) if path.name.startswith(f"{side}-")], columns, skip)
 

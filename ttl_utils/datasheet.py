@@ -147,7 +147,14 @@ def write(path: Path, run: str, figures: dict) -> None:
 
 
 def _source_rows(reports: list[dict]) -> list[dict]:
-    columns = ("documents_in", "characters_in", "documents_kept", "characters_kept", "train_documents", "test_documents")
+    columns = (
+        "documents_in",
+        "characters_in",
+        "documents_kept",
+        "characters_kept",
+        "train_documents",
+        "test_documents",
+    )
     rows = []
     for report in reports:
         head = {"source": report["source"], "use": report["use"], "kind": report["kind"], "licence": report["licence"]}
@@ -174,6 +181,11 @@ def _table(rows: list[dict]) -> list[str]:
         return ["None."]
     lines = ["| " + " | ".join(name.replace("_", " ") for name in rows[0]) + " |", "| " + " --- |" * len(rows[0])]
     for row in rows:
-        cells = [f"{value:,}" if isinstance(value, int) else "" if value is None else str(value) for value in row.values()]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        cells = [_cell(value) for value in row.values()]
+        lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def _cell(value: object) -> str:
+    text = f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+    return text.replace("|", "\\|")

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +68,8 @@ def mark(
 ) -> Path:
     """Write `folder/duplicates.npy`: uint8 for each document, KEPT, EXACT (an earlier one is the same) or NEAR.
 
-    A part is a path to which `.digests.npy` (documents, 2) and `.bands.npy` (bands, documents), both uint64, are
-    added; a document's number is its place over all parts. Candidates are joined over all bands into clusters, as
+    Beside a part `PART.any` stand `PART.digests.npy` (documents, 2) and `PART.bands.npy` (bands, documents), both
+    uint64; a document's number is its place over all parts. Candidates are joined over all bands into clusters, as
     FineWeb does (Penedo et al. 2024): a document may be NEAR one with which it agrees only through others. The first
     of a cluster is kept. An exact duplicate, and a document whose bands are 0, takes no part in that.
 
@@ -81,25 +80,36 @@ def mark(
     Raises:
         DamagedFile: an array that is missing or not what was written.
     """
-    sizes = [len(_open(part, "digests")) for part in parts]
-    bands = {len(_open(part, "bands", size)) for part, size in zip(parts, sizes, strict=True)}
+    sizes = {part: size for part in parts if (size := len(_open(part, "digests")))}
+    bands = {len(_open(part, "bands", size)) for part, size in sizes.items()}
     if len(bands) > 1:
-        raise DamagedFile(
-            f"the .bands.npy files of {parts[0].parent} differ in bands ({sorted(bands)}): make them anew"
-        )
-    documents, band_count = sum(sizes), max(bands, default=0)
-    starts = [0, *accumulate(sizes)]
-    # 256 files at most are open at once; 2^21 documents each are half a billion
-    bits = min(8, max(0, (documents - 1) // bucket_documents).bit_length())
+        raise DamagedFile(f"the .bands.npy files of {parts[0].parent} differ in bands {sorted(bands)}: make them anew")
     scratch = folder / ".duplicates"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    done = 0
+    try:
+        _mark(sizes, max(bands, default=0), scratch, on_progress, bucket_documents)
+        os.replace(scratch / "marks", folder / "duplicates.npy")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder / "duplicates.npy"
+
+
+def _mark(
+    sizes: dict[Path, int],
+    bands: int,
+    scratch: Path,
+    on_progress: Callable[[int, int], object] | None,
+    bucket_documents: int,
+) -> None:
+    documents, done = sum(sizes.values()), 0
+    parents = _own_parents(scratch / "parents", documents, bucket_documents)
 
     def records(band: int | None) -> Iterator[np.ndarray]:
         """(documents, keys + 1) uint64 by part: the digest, or one band's hash, and the document's number."""
         nonlocal done
-        for part, start, size in zip(parts, starts, sizes, strict=False):
+        start = 0
+        for part, size in sizes.items():
             numbers = np.arange(start, start + size, dtype=np.uint64)
             if band is None:
                 yield np.column_stack((_open(part, "digests"), numbers))
@@ -107,28 +117,23 @@ def mark(
                 keys = np.array(_open(part, "bands", size)[band])
                 taken = (keys != 0) & (parents[start : start + size] != _EXACT_PARENT)
                 yield np.column_stack((keys[taken], numbers[taken]))
-            done += size
+            start, done = start + size, done + size
             if on_progress:
-                on_progress(done, documents * (band_count + 1))
+                on_progress(done, documents * (bands + 1))
 
-    try:
-        parents = _own_parents(scratch / "parents", documents, bucket_documents)
-        for _, others in _pairs(records(None), scratch, bits, bucket_documents):
-            parents[others] = _EXACT_PARENT
-        for band in range(band_count):
-            for firsts, others in _pairs(records(band), scratch, bits, bucket_documents):
-                _join(parents, firsts, others)
-        _write_marks(scratch / "marks", parents, bucket_documents)
-        del parents
-        os.replace(scratch / "marks", folder / "duplicates.npy")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder / "duplicates.npy"
+    # 256 files at most are open at once; 2^21 documents each are half a billion
+    bits = min(8, max(0, (documents - 1) // bucket_documents).bit_length())
+    for _, others in _pairs(records(None), scratch, bits, bucket_documents):
+        parents[others] = _EXACT_PARENT
+    for band in range(bands):
+        for firsts, others in _pairs(records(band), scratch, bits, bucket_documents):
+            _join(parents, firsts, others)
+    _write_marks(scratch / "marks", parents, bucket_documents)
 
 
 def _open(part: Path, kind: str, documents: int | None = None) -> np.ndarray:
     """An array beside a part, memory-mapped."""
-    path = part.with_name(f"{part.name}.{kind}.npy")
+    path = part.with_suffix(f".{kind}.npy")
     try:
         array = np.load(path, mmap_mode="r")
         if array.dtype != np.uint64 or array.ndim != 2 or (array.shape[1] != (2 if documents is None else documents)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 
-from ttl_utils.filters import unit_key
+from ttl_utils.cleaning import unit_key
 
 # shorter texts ("bom dia") are in many others by chance
 MIN_WORDS = 3

@@ -1,23 +1,125 @@
-"""Data sets of the hub, streamed; or a local mirror of them where `TTL_MIRROR` names one."""
+"""Data sets and models of the hub, read over the network; or a local mirror of them where `TTL_MIRROR` names one."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ttl_utils.errors import SourceError
+from ttl_utils.local_files import Choose, Files, Problem, parquet
+from ttl_utils.schema import Source, TextSet
+
+# the branch where the hub keeps its own Parquet copy of a data set: a folder for each configuration
+PARQUET_BRANCH = "refs/convert/parquet"
 
 
-def mirrored(dataset: str) -> Path | None:
+def mirrored(name: str) -> Path | None:
     """The mirror's folder for this hub id, where there is one."""
     if not os.environ.get("TTL_MIRROR"):
         return None
     root = Path(os.environ["TTL_MIRROR"]).expanduser().resolve()
     if not root.is_dir():
         raise SourceError(f"TTL_MIRROR={os.environ['TTL_MIRROR']}: there is no such folder ({root})")
-    return root / dataset if (root / dataset).is_dir() else None
+    return root / name if (root / name).is_dir() else None
+
+
+def _reason(error: Exception, length: int = 200) -> str:
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def _ask(name: str, revision: str | None, kind: str = "data set", **options: Any) -> Any:
+    """What the hub says of a data set or model, asked once: its libraries retry for half a minute before they speak."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    advice = "or set TTL_MIRROR to a folder that holds it as <owner>/<name>"
+    where = "under data.sources" if kind == "data set" else "and may be a folder"
+    info = HfApi().dataset_info if kind == "data set" else HfApi().model_info
+    try:
+        return info(name, revision=revision, timeout=20, **options)
+    except GatedRepoError:
+        raise SourceError(
+            f"{kind} {name!r} is gated: accept its terms on its hub page and set HF_TOKEN in the environment, {advice}"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise SourceError(
+            f"{kind} {name!r} is not on the hub (ids move: every id is a parameter {where}), {advice}"
+        ) from None
+    except RevisionNotFoundError:
+        raise SourceError(
+            f"{kind} {name!r} has no revision {revision!r} on the hub: leave revision null for the newest, or name one "
+            "that its page lists"
+        ) from None
+    except (OSError, OfflineModeIsEnabled, HTTPError) as error:
+        raise SourceError(
+            f"{kind} {name!r}: the Hugging Face hub cannot be reached ({_reason(error)}). Connect to the network, "
+            f"{advice}"
+        ) from None
+
+
+def check(dataset: str | None, revision: str | None = None) -> bool:
+    """Whether a mirror stands in for the data set; raises SourceError where neither mirror nor hub has it."""
+    if dataset is None:
+        return False
+    if mirrored(dataset):
+        return True
+    _ask(dataset, revision)
+    return False
+
+
+def model_folder(name: str, revision: str | None = None) -> str | Path:
+    """What `from_pretrained` is given for a model or tokenizer: a folder, its mirror, or the hub id if it can be had.
+
+    Raises:
+        SourceError: there is no such folder, or the hub cannot be reached, or has no such model for this user.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SourceError(f"model {name!r}: there is no such folder ({folder.absolute()})")
+    found = mirrored(name)
+    if found is None:
+        _ask(name, revision, "model")
+    return found or name
+
+
+def _place(dataset: str, config: str | None, revision: str | None, commit: str | None = None) -> dict:
+    """Where `datasets` finds the set: in the mirror's folder, or on the hub at one commit."""
+    folder = mirrored(dataset)
+    place = {"path": dataset, "revision": commit or revision} if folder is None else {"path": str(folder)}
+    # on that branch a configuration is a folder
+    return place | ({"data_dir": config} if revision == PARQUET_BRANCH else {"name": config})
+
+
+@contextlib.contextmanager
+def _opening(dataset: str, config: str | None, split: str) -> Iterator[None]:
+    """What `datasets` says when a set does not open, as one message with what to do."""
+    import datasets
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, HTTPError, datasets.exceptions.DatasetsError) as error:
+        if "scripts are no longer supported" in str(error):
+            raise SourceError(
+                f"data set {dataset!r} carries a loader script, which `datasets` no longer runs: give it `revision: "
+                f"{PARQUET_BRANCH}`, the hub's own copy as Parquet"
+            ) from None
+        raise SourceError(
+            f"data set {dataset!r} (config {config}, split {split}) does not open: {_reason(error, 300)}"
+        ) from error
 
 
 def load(dataset: str, config: str | None, split: str, revision: str | None = None, streaming: bool = True) -> Any:
@@ -27,70 +129,104 @@ def load(dataset: str, config: str | None, split: str, revision: str | None = No
         SourceError: the hub cannot be reached, the set is gated or missing, or it has no such split; what to do.
     """
     import datasets
-    from huggingface_hub.errors import HTTPError
 
     check(dataset, revision)
-    folder = mirrored(dataset)
-    try:
-        if folder is not None:
-            return datasets.load_dataset(str(folder), config, split=split, streaming=streaming)
-        return datasets.load_dataset(dataset, config, split=split, revision=revision, streaming=streaming)
-    except (ValueError, RuntimeError, OSError, HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SourceError(f"data set {dataset!r} (config {config}, split {split}) does not open: {reason}") from error
+    with _opening(dataset, config, split):
+        return datasets.load_dataset(**_place(dataset, config, revision), split=split, streaming=streaming)
 
 
-def check(dataset: str | None, revision: str | None = None) -> bool:
-    """Whether a mirror stands in for the data set; raises SourceError where neither mirror nor hub has it.
+def _builder(item: Source | TextSet, commit: str | None) -> tuple[Any, list[str]]:
+    """What `datasets` knows of a set before it reads any text, and the files of the split."""
+    import datasets
 
-    One quick question: `load_dataset` itself would retry for half a minute before it says anything.
+    with _opening(item.dataset, item.config, item.split):
+        builder = datasets.load_dataset_builder(**_place(item.dataset, item.config, item.revision, commit))
+        files = builder.config.data_files or {}
+        if item.split not in files:
+            raise ValueError(f"it has the splits {', '.join(map(str, files)) or 'none'}")
+        return builder, [str(path) for path in files[item.split]]
+
+
+class Stream:
+    """Records of a hub set, over the network as they are needed; no copy is kept on disk.
+
+    Of Parquet, only the columns that `choose` picks are read, by the one reader that takes a large row group in small
+    pieces; other formats are left to `datasets`. `state()` is the place after the last record given, at one commit of
+    the set: a later Stream goes on exactly there.
     """
-    if dataset is None or mirrored(dataset):
-        return dataset is not None
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
 
-    advice = "or set TTL_MIRROR to a folder that holds it as <owner>/<name>"
-    try:
-        HfApi().dataset_info(dataset, revision=revision, timeout=20)
-    except GatedRepoError:
-        raise SourceError(
-            f"data set {dataset!r} is gated: accept its terms on its hub page and set HF_TOKEN in the environment, "
-            f"{advice}"
-        ) from None
-    except RepositoryNotFoundError:
-        raise SourceError(
-            f"data set {dataset!r} is not on the hub (ids move: every id is a parameter under data.sources), {advice}"
-        ) from None
-    except (OSError, OfflineModeIsEnabled, HTTPError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise SourceError(
-            f"data set {dataset!r}: the Hugging Face hub cannot be reached ({reason}). Connect to the network, {advice}"
-        ) from None
-    return False
-
-
-def rows(dataset: Any, columns: dict[str, str]) -> Iterator[dict]:
-    """Rows with our names for the set's columns; a missing column, or a network that is lost, is named."""
-    from huggingface_hub.errors import HTTPError
-
-    reading = iter(dataset)
-    while True:
-        try:
-            row = next(reading)
-        except StopIteration:
-            return
-        except (OSError, HTTPError) as error:
-            reason = " ".join(str(error).split())[:200]
+    def __init__(self, item: Source | TextSet, choose: Choose, state: dict | None = None):
+        self.item, self.mirror = item, mirrored(item.dataset)
+        if self.mirror:
+            version = _fingerprint(self.mirror)
+        else:
+            begun = state["version"] if state and not state["version"].startswith("mirror") else item.revision
+            version = _ask(item.dataset, begun).sha
+        if state and state["version"] != version:
             raise SourceError(
-                f"the data set stopped in the middle ({reason}): run again, and it is read from its beginning"
+                f"data set {item.dataset!r} is not the one that reading began with (a mirror that changed, or that "
+                "took the hub's place): bring that one back, or begin anew with --force"
+            )
+        self.version = version
+        self.row, place = (state["row"], state["records"]) if state else (0, None)
+        builder, paths = _builder(item, None if self.mirror else version)
+        if builder.info.builder_name == "parquet":
+            self.records = Files(paths, lambda path, skip: self._parquet(path, choose, skip), place)
+        else:
+            data = builder.as_streaming_dataset(split=item.split)
+            choose(data.column_names or list(next(iter(data), {})))
+            # opened again: a look at the first row counts as reading it
+            self.records = builder.as_streaming_dataset(split=item.split)
+            if place:
+                self.records.load_state_dict(place)
+
+    def _parquet(self, path: str, choose: Choose, skip: int) -> Iterator[dict | Problem]:
+        if self.mirror:
+            return parquet(path, choose, skip)
+        from huggingface_hub import HfFileSystem
+
+        # columns are read in turn: a cache of what comes next in the file would be thrown away each time
+        return parquet(HfFileSystem().open(path, cache_type="none"), choose, skip)
+
+    def __iter__(self) -> Iterator[dict | Problem]:
+        from datasets.exceptions import DatasetsError
+        from huggingface_hub.errors import HTTPError
+
+        try:
+            for record in self.records:
+                self.row += 1
+                yield record
+        except (OSError, HTTPError, ValueError, DatasetsError) as error:
+            place = f"data set {self.item.dataset!r}, after row {self.row:,}"
+            if self.mirror or isinstance(error, ValueError):
+                raise SourceError(f"{place}: a file of it cannot be read ({_reason(error)})") from error
+            raise SourceError(
+                f"{place}: the connection was lost ({_reason(error)}). Run again: reading goes on where it stopped"
             ) from error
-        missing = [column for column in columns.values() if column not in row]
-        if missing:
-            raise SourceError(f"the data set has no column {missing[0]!r}; it has {', '.join(row)}")
-        yield {ours: row[column] for ours, column in columns.items()}
+
+    def state(self) -> dict:
+        records = self.records.state() if isinstance(self.records, Files) else self.records.state_dict()
+        return {"version": self.version, "row": self.row, "records": records}
+
+
+def _fingerprint(folder: Path) -> str:
+    """A mirror's files by name and size: what its version is known by."""
+    files = sorted((str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*") if path.is_file())
+    return f"mirror {hashlib.blake2b(repr(files).encode(), digest_size=16).hexdigest()}"
+
+
+def sizes(item: Source | TextSet) -> tuple[list[tuple[str, int | None]], int | None, int | None]:
+    """The files of a set's split (name or path, bytes), and its bytes and rows where its card gives them.
+
+    Nothing but the list of files and the card is read.
+    """
+    info = None if mirrored(item.dataset) else _ask(item.dataset, item.revision, files_metadata=True)
+    builder, paths = _builder(item, info and info.sha)
+    card = (builder.info.splits or {}).get(item.split)
+    rows, text_bytes = (card.num_examples, card.num_bytes) if card else (None, None)
+    if info is None:
+        return [(path, Path(path).stat().st_size) for path in paths], text_bytes, rows
+    # hf://datasets/<owner>/<name>@<commit>/<file>
+    names = [path.split("@", 1)[1].split("/", 1)[1] for path in paths]
+    known = {file.rfilename: file.size for file in info.siblings}
+    return [(name, known.get(name)) for name in names], text_bytes, rows

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import threading
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -147,6 +150,13 @@ _judge: Judge | None = None
 def start_worker(data: Data, seed: int) -> None:
     global _judge
     _judge = Judge(data, seed)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # a parent that is killed cannot tell its workers, which would wait for ever
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def judge_in_worker(name: str, rows: list[dict]) -> Batch:

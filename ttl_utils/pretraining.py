@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,14 +28,23 @@ if TYPE_CHECKING:
 
 
 def token_blocks(run: Run, side: str) -> TokenBlocks:
+    """Blocks of `pretraining.block_size` to train on; what is held out is scored in blocks of the model's context."""
     paths = run.need("02_tokenizer").files("tokens")
+    context = run.params.model.max_position_embeddings
+    block_size = run.params.pretraining.block_size or context
     return TokenBlocks(
-        [path for path in paths if path.name.startswith(f"{side}-")], run.params.model.max_position_embeddings
+        [path for path in paths if path.name.startswith(f"{side}-")], block_size if side == "train" else context
     )
 
 
 def block_steps(blocks: TokenBlocks, run: Run) -> Callable[[int, Accelerator], Step]:
-    """Packed blocks as training steps: the data order is a pure function of the seed and the step."""
+    """Packed blocks as training steps: the data order is a pure function of the seed and the step.
+
+    With `isolate_documents`, positions start again at each document of a row, which keeps attention within it; a row
+    that begins within a document goes on with the document from position 0. Every token but a row's first is learned
+    either way, a document's first one too: it is predicted from the end of the document before, and from nothing else,
+    so it says where that document ends.
+    """
     settings, seed = run.params.pretraining, run.params.seed
     rows = settings.tokens_per_step // blocks.block_size
 
@@ -45,9 +55,13 @@ def block_steps(blocks: TokenBlocks, run: Run) -> Callable[[int, Accelerator], S
                 f"{accelerator.num_processes} processes cannot share evenly"
             )
         mine = step_indices(seed, step, rows, len(blocks))[accelerator.process_index :: accelerator.num_processes]
+        size = settings.per_device_train_batch_size
         ids = torch.from_numpy(blocks.batch(mine))
-        micro = ids.split(settings.per_device_train_batch_size)
-        batches = [{"input_ids": part, "labels": part} for part in micro]
+        batches = [{"input_ids": part, "labels": part} for part in ids.split(size)]
+        if settings.isolate_documents:
+            positions = torch.from_numpy(blocks.positions(mine))
+            for batch, part in zip(batches, positions.split(size), strict=True):
+                batch["position_ids"] = part
         return Step(batches, targets=rows * (blocks.block_size - 1))
 
     return get_step
@@ -75,6 +89,10 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
     earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
     with stage.work() as energy:
         hardware = choose_hardware(settings)
+        if settings.isolate_documents and hardware.attention == "flash_attention_2":
+            # it keeps documents apart at batch size 1 alone, and would silently mix them in a batch
+            why = "attention: sdpa (FlashAttention 2 would mix the documents of a row: isolate_documents)"
+            hardware = replace(hardware, attention="sdpa", reasons=(*hardware.reasons[:2], why))
         print(hardware)
         tokens = run.need("02_tokenizer")
         tokenizer = load_tokenizer(tokens.folder)
@@ -126,25 +144,25 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
                 "model": save_model_folder(model, tokenizer, stage.folder / "model"),
                 "curve": [stage.folder / "metrics.jsonl"],
             }
-            stage.finish(_metrics(run, records, energy, earlier, hardware, len(blocks), tokenizer), outputs)
+            stage.finish(_metrics(run, records, energy, earlier, hardware, blocks, tokenizer), outputs)
     return stage
 
 
 def _metrics(
-    run: Run, records: list[dict], energy: Any, earlier: tuple, hardware: Any, blocks: int, tokenizer: Any
+    run: Run, records: list[dict], energy: Any, earlier: tuple, hardware: Any, blocks: TokenBlocks, tokenizer: Any
 ) -> dict:
     settings, model = run.params.pretraining, run.params.model
     logged = [row for row in records if "loss" in row]
     evaluated = [row for row in records if "validation_loss" in row]
     speeds = sorted(row["tokens_per_second"] for row in logged)
-    seen = records[-1]["tokens"]
+    seen, unique = records[-1]["tokens"], len(blocks) * blocks.block_size
     flops = flops_per_token(model, len(tokenizer))
     return {
         "parameters": count_parameters(model, len(tokenizer)),
         "steps": settings.max_steps,
         "tokens": seen,
-        "unique_tokens": blocks * model.max_position_embeddings,
-        "epochs": seen / (blocks * model.max_position_embeddings),
+        "unique_tokens": unique,
+        "epochs": seen / unique,
         "train_loss": logged[-1]["loss"],
         "initial_validation_loss": evaluated[0]["validation_loss"],
         "uniform_loss": math.log(len(tokenizer)),

@@ -44,26 +44,29 @@ def _plain(value: Any) -> Any:
 
 
 class Filter(Section):
-    """Thresholds for one kind of text: the rules of Gopher (Rae et al. 2021, appendix A), language and near copies."""
+    """Thresholds for one kind of text: the rules of Gopher (Rae et al. 2021, appendix A), language and near copies.
 
-    max_characters: Positive
-    min_words: int
-    max_words: Positive
-    min_mean_word_length: float
-    max_mean_word_length: float
-    max_symbols_per_word: float
-    max_bullet_lines: Share
-    max_ellipsis_lines: Share
-    min_letter_words: Share
-    min_stop_words: int
-    max_duplicate_lines: Share
-    max_duplicate_line_characters: Share
-    max_duplicate_paragraphs: Share
-    max_duplicate_paragraph_characters: Share
-    max_top_ngrams: list[Share] = Field(min_length=3, max_length=3)
-    max_duplicate_ngrams: list[Share] = Field(min_length=6, max_length=6)
-    min_language_probability: Share
-    near_duplicates: bool
+    A rule that is not named is off.
+    """
+
+    max_characters: Positive = 2_000_000
+    min_words: int = 0
+    max_words: Positive = 1_000_000
+    min_mean_word_length: float = 0.0
+    max_mean_word_length: float = 1_000_000.0
+    max_symbols_per_word: float = 1_000_000.0
+    max_bullet_lines: Share = 1.0
+    max_ellipsis_lines: Share = 1.0
+    min_letter_words: Share = 0.0
+    min_stop_words: int = 0
+    max_duplicate_lines: Share = 1.0
+    max_duplicate_line_characters: Share = 1.0
+    max_duplicate_paragraphs: Share = 1.0
+    max_duplicate_paragraph_characters: Share = 1.0
+    max_top_ngrams: list[Share] = Field([1.0] * 3, min_length=3, max_length=3)
+    max_duplicate_ngrams: list[Share] = Field([1.0] * 6, min_length=6, max_length=6)
+    min_language_probability: Share = 0.0
+    near_duplicates: bool = False
 
 
 class Origin(Section):

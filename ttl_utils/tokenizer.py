@@ -1,4 +1,4 @@
-"""Stage 02: a SentencePiece tokenizer as a Llama folder, its efficiency, and the corpus as packed tokens."""
+"""Stage 02: a SentencePiece tokenizer as a Llama folder, or an imported one; its efficiency; the corpus as tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet as pq
 import sentencepiece as spm
 
-from ttl_utils.blocks import TokenWriter
+from ttl_utils import hub
+from ttl_utils.cleaning import is_held_out
 from ttl_utils.corpus import documents
-from ttl_utils.errors import TTLError
-from ttl_utils.files import write_text
-from ttl_utils.filters import is_held_out
+from ttl_utils.errors import SourceError, TTLError
+from ttl_utils.files import read_json, sha256, write_json, write_text
+from ttl_utils.packing import Codec, batches, first_difference, pack_texts, pack_tokens, plain_ids
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Tokenizer
@@ -24,6 +26,8 @@ from ttl_utils.schema import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SIDES = ("train", "test")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
 CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -97,10 +101,16 @@ def write_llama_folder(model: bytes, folder: Path, context: int) -> PreTrainedTo
 
     write_text(folder / "tokenizer_config.json", json.dumps({**CONFIG, "model_max_length": context}))
     (folder / "tokenizer.json").unlink(missing_ok=True)
-    (folder / "tokenizer.model").write_bytes(model)
+    _write_bytes(folder / "tokenizer.model", model)
     # loading converts tokenizer.model; saving writes the conversion as tokenizer.json
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def sample_texts(stage: Stage, seed: int, samples: int, available: int) -> Iterator[str]:
@@ -111,84 +121,24 @@ def sample_texts(stage: Stage, seed: int, samples: int, available: int) -> Itera
             yield row["text"]
 
 
-def count_efficiency(processor: spm.SentencePieceProcessor, texts: Iterable[str], words: int) -> dict:
-    """Tokens for the first `words` words of the texts (the paper's table 1 counts 7,400 words)."""
-    counted, tokens, whole = 0, 0, 0
-    for text in texts:
-        taken = text.split()[: words - counted]
-        tokens += len(processor.encode(" ".join(taken)))
-        whole += sum(len(processor.encode(word)) == 1 for word in taken)
-        counted += len(taken)
-        if counted == words:
-            break
-    return {
-        "words": counted,
-        "tokens": tokens,
-        "tokens_per_word": tokens / counted if counted else None,
-        "whole_word_share": whole / counted if counted else None,
-    }
-
-
-def prepare_tokenizer(run: Run) -> Stage:
-    """Make stage 02: train the tokenizer, check it, and pack the corpus.
-
-    Raises:
-        TTLError: the two forms of the tokenizer disagree on a document.
-    """
-    stage = run.stage("02_tokenizer")
-    if stage.reuse():
-        return stage
-    settings = run.params.tokenizer
-    with stage.work():
-        corpus = run.need("01_data")
-        available = sum(
-            source.get("train_documents", 0) for source in corpus.metrics()["sources"] if source["use"] == "corpus"
-        )
-        texts = sample_texts(corpus, run.params.seed, settings.train_samples, available)
+def train_tokenizer(corpus: Stage, stage: Stage, seed: int, context: int, available: int) -> tuple[Codec, dict]:
+    """The stage's own tokenizer and what it was trained on; trained once, however often the stage is stopped."""
+    settings = stage.run.params.tokenizer
+    path, record = stage.folder / "tokenizer.model", stage.folder / "training.json"
+    found = read_json(record) if record.is_file() else {}
+    if path.is_file() and sha256(path) == found.get("sha256"):
+        print("the tokenizer was trained before, going on with it")
+        model, read = path.read_bytes(), found["read"]
+    else:
         read = {"documents": 0, "lines": 0, "characters": 0}
+        texts = sample_texts(corpus, seed, settings.train_samples, available)
         with Progress("lines for the tokenizer", None, stage.folder / "status.json") as progress:
             lines = _counted(training_lines(_counting(texts, read), settings.max_sentence_length), read, progress)
             model = train_sentencepiece(lines, settings)
-        context = run.params.model.max_position_embeddings
-        tokenizer = write_llama_folder(model, stage.folder, context)
-        processor = spm.SentencePieceProcessor(model_proto=model)
-        sides = {side: _pack(corpus, stage, processor, tokenizer, settings, side, available) for side in SIDES}
-        held_out = (row["text"] for row in documents(corpus, "corpus", "test", ["text"]))
-        efficiency = count_efficiency(processor, held_out, settings.efficiency_words)
-        stage.finish(_metrics(settings, processor, read, sides, efficiency), _outputs(stage, sides))
-    return stage
-
-
-SIDES = ("train", "test")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
-
-def _outputs(stage: Stage, sides: dict) -> dict[str, list[Path]]:
-    return {
-        "tokenizer": [stage.folder / name for name in TOKENIZER_FILES],
-        "tokens": list(chain.from_iterable(side["paths"] for side in sides.values())),
-    }
-
-
-def _metrics(settings: Tokenizer, processor: spm.SentencePieceProcessor, read: dict, sides: dict, eff: dict) -> dict:
-    stored = sum(path.stat().st_size for side in sides.values() for path in side["paths"])
-    tokens = sum(side["tokens"] for side in sides.values())
-    words = sum(side["words"] for side in sides.values())
-    return {
-        "vocab_size": processor.vocab_size(),
-        "tokens_per_word": sum(side["text_tokens"] for side in sides.values()) / words if words else None,
-        "train_tokens": sides["train"]["tokens"],
-        "test_tokens": sides["test"]["tokens"],
-        "train_bytes": sides["train"]["bytes"],
-        "test_bytes": sides["test"]["bytes"],
-        "bytes_per_stored_token": stored / tokens if tokens else None,
-        "train_documents": sides["train"]["documents"],
-        "test_documents": sides["test"]["documents"],
-        "read_for_training": read,
-        "efficiency": eff,
-        "parity": {"documents": sum(side["parity_documents"] for side in sides.values()), "differences": 0},
-        "byte_fallback_share": sum(side["byte_tokens"] for side in sides.values()) / tokens if tokens else None,
-    }
+        _write_bytes(path, model)
+        write_json(record, {"sha256": sha256(path), "read": read})
+    tokenizer = write_llama_folder(model, stage.folder, context)
+    return Codec(tokenizer, spm.SentencePieceProcessor(model_proto=model)), read
 
 
 def _counting(texts: Iterable[str], read: dict) -> Iterator[str]:
@@ -205,58 +155,190 @@ def _counted(lines: Iterable[str], read: dict, progress: Progress) -> Iterator[s
         yield line
 
 
-def _pack(
-    corpus: Stage,
-    stage: Stage,
-    processor: spm.SentencePieceProcessor,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Tokenizer,
-    side: str,
-    available: int,
-) -> dict:
-    """Encode one side with SentencePiece, the reference, and compare the Hugging Face form on the way."""
-    folder = stage.folder / "tokens"
-    for old in folder.glob(f"{side}-*"):
-        old.unlink()
-    writer = TokenWriter(folder, side, settings.shard_tokens)
-    counts = dict.fromkeys(("bytes", "words", "text_tokens", "byte_tokens", "parity_documents"), 0)
-    byte_ids = {index for index in range(processor.vocab_size()) if processor.is_byte(index)}
-    newline = processor.piece_to_id("<0x0A>")
-    total = available if side == "train" else None
-    with Progress(f"{side} documents to tokens", total, stage.folder / "status.json") as progress:
-        texts = (row["text"] for row in documents(corpus, "corpus", side, ["text"]))
-        for batch in _batches(texts, 512):
-            encoded = processor.encode(batch, num_threads=os.cpu_count() or 1)
-            if settings.parity_documents is None or counts["parity_documents"] < settings.parity_documents:
-                _check_parity(tokenizer, batch, encoded)
-                counts["parity_documents"] += len(batch)
-            for text, ids in zip(batch, encoded, strict=True):
-                writer.add([BOS, *ids, EOS] if settings.append_eos else [BOS, *ids])
-                counts["bytes"] += len(text.encode("utf-8"))
-                counts["words"] += len(text.split())
-                counts["text_tokens"] += len(ids)
-                # a line break is always its byte: it is not what fallback means
-                counts["byte_tokens"] += sum(index in byte_ids and index != newline for index in ids)
-            progress.update(writer.documents)
-    paths = writer.close()
-    return {**counts, "paths": paths, "tokens": writer.tokens, "documents": writer.documents}
+def import_tokenizer(settings: Tokenizer, folder: Path, context: int) -> dict:
+    """Save the named tokenizer (a folder, or a hub id) in `folder`; returns where it is from.
+
+    As every later stage expects, an encoding begins with the token of the beginning, and there is a token to pad
+    with: where there was none it is the unknown or the end token, so that the vocabulary stays as it was.
+
+    Raises:
+        SourceError: it cannot be had, or is not a tokenizer.
+        TTLError: it is not one that the stages can use.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError
+    from transformers import AutoTokenizer
+
+    name = settings.source
+    where = hub.model_folder(name, settings.revision)
+    try:
+        if isinstance(where, str):
+            wanted = ["*.json", "*.model", "*.txt"]
+            where = Path(snapshot_download(where, revision=settings.revision, allow_patterns=wanted))
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except (OSError, HTTPError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SourceError(f"tokenizer.source {name!r} does not open as a tokenizer: {reason}") from error
+    _check_usable(tokenizer, settings)
+    tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        print(f"tokenizer: no token to pad with, so {tokenizer.pad_token} is")
+    # stage 05 gives a template of its own
+    tokenizer.model_max_length, tokenizer.chat_template = context, None
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    files = {file: where / file for file in TOKENIZER_FILES if (where / file).is_file()}
+    if "tokenizer.model" in files:
+        _write_bytes(folder / "tokenizer.model", files["tokenizer.model"].read_bytes())
+    opened = load_tokenizer(folder)
+    if opened("a")["input_ids"] != [opened.bos_token_id, *plain_ids(opened, ["a"])[0]]:
+        raise TTLError(f"tokenizer.source {name!r}: its encodings cannot be made to begin with {opened.bos_token}")
+    # the hub's cache keeps a commit's files in a folder of its name
+    commit = where.name if where.parent.name == "snapshots" else None
+    return {"name": name, "commit": commit, "sha256": {file: sha256(path) for file, path in files.items()}}
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    texts = iter(texts)
-    while batch := list(islice(texts, size)):
-        yield batch
+def _check_usable(tokenizer: PreTrainedTokenizerBase, settings: Tokenizer) -> None:
+    place = f"tokenizer.source {settings.source!r}"
+    if not tokenizer.is_fast:
+        raise TTLError(f"{place} has no fast form (tokenizer.json): save one with transformers, and give its folder")
+    missing = [kind for kind in ("bos_token", "eos_token") if getattr(tokenizer, kind) is None]
+    if missing:
+        raise TTLError(
+            f"{place} has no {' and no '.join(missing)}, which documents begin and end with: choose another one"
+        )
+    if len(tokenizer) > 2**16:
+        raise TTLError(f"{place} has {len(tokenizer):,} pieces; tokens are stored in 16 bits, for at most {2**16:,}")
+    if len(tokenizer) != settings.vocab_size:
+        raise TTLError(
+            f"{place} has {len(tokenizer):,} pieces, and tokenizer.vocab_size is {settings.vocab_size:,}: "
+            f"set tokenizer.vocab_size to {len(tokenizer)}"
+        )
 
 
-def _check_parity(tokenizer: PreTrainedTokenizerBase, texts: list[str], encoded: list[list[int]]) -> None:
-    ours = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    for text, one, other in zip(texts, encoded, ours, strict=True):
-        if one != other:
-            place = next((n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), -1)
-            raise TTLError(
-                f"SentencePiece and the Hugging Face tokenizer disagree at token {place} of {text[:80]!r}: "
-                "the model would be trained on other ids than users get"
-            )
+def prepare_import(corpus: Stage, stage: Stage, context: int) -> tuple[Codec, dict]:
+    """The imported tokenizer and where it is from.
+
+    SentencePiece, which is faster, encodes where the source has its model and both forms agree on the first
+    `parity_documents`; the form that users load is the reference, so otherwise (or where all are to be compared) it
+    encodes itself.
+    """
+    settings, record = stage.run.params.tokenizer, stage.folder / "import.json"
+    if not record.is_file():
+        found = import_tokenizer(settings, stage.folder, context)
+        codec, compared = Codec(load_tokenizer(stage.folder), _processor(stage.folder)), 0
+        if codec.processor and settings.parity_documents and not settings.tokens:
+            texts = (row["text"] for row in documents(corpus, "corpus", "train", ["text"]))
+            for batch in batches(islice(texts, settings.parity_documents)):
+                place = first_difference(codec, batch, codec.encode(batch))
+                if place:
+                    print(f"tokenizer: its two forms differ at {place}, so the Hugging Face form encodes")
+                    compared = 0
+                    break
+                compared += len(batch)
+        encoder = "SentencePiece" if compared else "Hugging Face"
+        write_json(record, {**found, "encoder": encoder, "parity_documents": compared})
+    found = read_json(record)
+    processor = _processor(stage.folder) if found["encoder"] == "SentencePiece" else None
+    return Codec(load_tokenizer(stage.folder), processor), found
+
+
+def _processor(folder: Path) -> spm.SentencePieceProcessor | None:
+    path = folder / "tokenizer.model"
+    try:
+        return spm.SentencePieceProcessor(model_file=str(path)) if path.is_file() else None
+    except (OSError, RuntimeError):
+        # a file of that name in another format
+        return None
+
+
+def count_efficiency(codec: Codec, texts: Iterable[str], words: int) -> dict:
+    """Tokens for the first `words` words of the texts (the paper's table 1 counts 7,400 words)."""
+    counted, tokens, whole = 0, 0, 0
+    for text in texts:
+        taken = text.split()[: words - counted]
+        if taken:
+            tokens += len(codec.encode([" ".join(taken)])[0])
+            whole += sum(len(ids) == 1 for ids in codec.encode(taken))
+        counted += len(taken)
+        if counted == words:
+            break
+    return {
+        "words": counted,
+        "tokens": tokens,
+        "tokens_per_word": tokens / counted if counted else None,
+        "whole_word_share": whole / counted if counted else None,
+    }
+
+
+def prepare_tokenizer(run: Run) -> Stage:
+    """Make stage 02: train the tokenizer and check it, or import one; pack the corpus, or published tokens.
+
+    What was done is kept when it is stopped: the trained tokenizer, and every whole file of tokens.
+
+    Raises:
+        TTLError: the two forms of the tokenizer disagree on a document, or there is nothing to pack.
+    """
+    stage = run.stage("02_tokenizer")
+    if stage.reuse():
+        return stage
+    settings, context = run.params.tokenizer, run.params.model.max_position_embeddings
+    with stage.work():
+        corpus = run.need("01_data")
+        available = {side: _count_documents(corpus, side) for side in SIDES}
+        if not settings.tokens and not available["train"]:
+            raise TTLError("01_data has no document to train on: give data.sources one with use: corpus")
+        read = imported = None
+        if settings.source:
+            codec, imported = prepare_import(corpus, stage, context)
+        else:
+            codec, read = train_tokenizer(corpus, stage, run.params.seed, context, available["train"])
+        if settings.tokens:
+            sides = {side: pack_tokens(stage, codec, settings, side) for side in SIDES}
+        else:
+            sides = {side: pack_texts(corpus, stage, codec, settings, side, available[side]) for side in SIDES}
+        held_out = (row["text"] for row in documents(corpus, "corpus", "test", ["text"]))
+        efficiency = count_efficiency(codec, held_out, settings.efficiency_words)
+        metrics = _metrics(codec, sides) | {
+            "read_for_training": read,
+            "imported": imported,
+            "efficiency": efficiency,
+        }
+        if imported:
+            metrics["parity"]["documents"] = imported["parity_documents"]
+        stage.finish(metrics, _outputs(stage, sides))
+    return stage
+
+
+def _count_documents(corpus: Stage, side: str) -> int:
+    paths = [path for path in corpus.files("corpus") if path.name.startswith(f"{side}-")]
+    return sum(pq.read_metadata(path).num_rows for path in paths)
+
+
+def _outputs(stage: Stage, sides: dict) -> dict[str, list[Path]]:
+    return {
+        "tokenizer": [path for name in TOKENIZER_FILES if (path := stage.folder / name).is_file()],
+        "tokens": list(chain.from_iterable(side["paths"] for side in sides.values())),
+    }
+
+
+def _metrics(codec: Codec, sides: dict) -> dict:
+    def total(name: str) -> int:
+        return sum(side.get(name, 0) for side in sides.values())
+
+    stored = sum(path.stat().st_size for side in sides.values() for path in side["paths"])
+    tokens = total("tokens")
+    return {
+        "vocab_size": len(codec.tokenizer),
+        "tokens_per_word": total("text_tokens") / total("words") if total("words") else None,
+        **{f"{side}_{name}": sides[side].get(name, 0) for name in ("tokens", "bytes", "documents") for side in SIDES},
+        "bytes_per_stored_token": stored / tokens if tokens else None,
+        "parity": {"documents": total("parity_documents"), "differences": 0},
+        "byte_fallback_share": total("byte_tokens") / tokens if tokens else None,
+        "unknown_share": total("unknown_tokens") / tokens if tokens else None,
+        "published_tokens": {side: found["version"] for side, found in sides.items() if "version" in found} or None,
+    }
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

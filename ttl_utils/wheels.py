@@ -16,10 +16,11 @@ from pathlib import Path
 
 import yaml
 
+from ttl_utils.cleaning import clean
 from ttl_utils.errors import SourceError
 from ttl_utils.files import sha256
-from ttl_utils.filters import clean, mask
 from ttl_utils.grouping import group_contained, group_conversations
+from ttl_utils.privacy import mask
 from ttl_utils.schema import Data, Source
 
 # preposition and article, written apart in some news sentences where the newspaper wrote them as one word

@@ -142,7 +142,7 @@ def table(results: list[dict]) -> pd.DataFrame:
 
 
 def projection(found: dict, cores: int) -> pd.DataFrame:
-    """Hours for the paper's corpus from the largest size measured; judging and encoding share the cores, the rest not."""
+    """Hours for the paper's corpus from the largest size measured; judging and encoding share the cores."""
     scale = PAPER_BYTES / found["bytes"]
     rows = []
     for step in STEPS:
@@ -171,7 +171,9 @@ def main() -> None:
     grown = (last["bytes"] / first["bytes"], times[-1] / times[0], last["peak_bytes"] / first["peak_bytes"])
     print(f"\ntext x {grown[0]:.1f}: time x {grown[1]:.1f}, peak memory x {grown[2]:.2f}")
     cores = given.workers or os.cpu_count() or 1
-    print(f"\nprojected, not run: {PAPER_BYTES / 1e9:.0f} GB of text, from {last['bytes'] / 1e6:.0f} MB on {cores} cores")
+    print(
+        f"\nprojected, not run: {PAPER_BYTES / 1e9:.0f} GB of text, from {last['bytes'] / 1e6:.0f} MB on {cores} cores"
+    )
     print(projection(last, cores).round(2).to_string(index=False))
     disk = last["disk_bytes"] / last["bytes"] * PAPER_BYTES
     print(f"disk: {disk / 1e9:.0f} GB when done; while stage 01 works, as much again for its Parquet files")
