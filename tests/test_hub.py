@@ -48,6 +48,8 @@ def write_set(folder: Path, form: str, row_group_size: int = 3) -> Path:
         if form == "parquet":
             schema = pa.Table.from_pylist(ROWS).schema
             pq.write_table(pa.Table.from_pylist(part, schema), path, row_group_size=row_group_size)
+        elif part and form == "csv":
+            path.write_text("text,lang,rest\n" + "".join(",".join(row.values()) + "\n" for row in part))
         elif part:
             path.write_text("".join(json.dumps(row) + "\n" for row in part))
     return folder
@@ -67,11 +69,13 @@ def rows_of(records: list[dict]) -> list[tuple[str, str]]:
 WANTED = rows_of(ROWS)
 
 
-@pytest.mark.parametrize(("form", "row_group_size"), [("parquet", 1), ("parquet", 3), ("parquet", 100), ("jsonl", 0)])
+@pytest.mark.parametrize(
+    ("form", "row_group_size"), [("parquet", 1), ("parquet", 3), ("parquet", 100), ("jsonl", 0), ("csv", 0)]
+)
 def test_a_stream_goes_on_exactly_where_it_stopped(mirror, form, row_group_size):
     write_set(mirror / "data", form, row_group_size)
     assert rows_of(list(stream())) == WANTED
-    # `datasets` takes its time to open JSON lines
+    # `datasets` takes its time to open other formats
     for stop in range(0, len(ROWS) + 1, 1 if form == "parquet" else 4):
         begun = stream()
         records = iter(begun)
@@ -87,6 +91,14 @@ def test_a_stream_goes_on_exactly_where_it_stopped(mirror, form, row_group_size)
 def test_of_parquet_only_the_chosen_columns_are_read(mirror):
     write_set(mirror / "data", "parquet")
     assert all(set(record) == {"text", "lang"} for record in stream())
+
+
+@pytest.mark.parametrize("form", ["parquet", "jsonl"])
+def test_the_columns_are_chosen_from_those_of_the_set(mirror, form):
+    write_set(mirror / "data", form)
+    seen: list[list[str]] = []
+    list(hub.Stream(item(), lambda names: seen.append(names) or names))
+    assert seen and all(names == ["text", "lang", "rest"] for names in seen)
 
 
 def test_a_mirror_that_changed_since_is_named(mirror):

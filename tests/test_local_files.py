@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import tracemalloc
 from collections.abc import Callable
@@ -92,14 +93,14 @@ def test_parquet_reads_only_the_columns_that_are_chosen(tmp_path):
 
 
 def test_patterns_are_sorted_each_file_once_in_the_working_folder_or_the_project(tmp_path, monkeypatch):
-    for name in ("b/2.txt", "b/1.txt", "a/3.txt", "a/x.bin"):
+    for name in ("b/2.txt", "b/1.txt", "a/3.txt", "a/x.bin", "c/d/5.txt"):
         write(tmp_path / name, name.encode())
     (tmp_path / "a" / "folder.txt").mkdir()
     monkeypatch.setattr(local_files, "project_root", lambda: tmp_path)
     monkeypatch.chdir(tmp_path / "b")
     assert texts("1.txt", "*.txt", tmp_path / "a" / "*.txt") == ["a/3.txt", "b/1.txt", "b/2.txt"]
     assert texts("a/*.txt") == ["a/3.txt"]
-    assert texts("../**/[13].txt") == ["a/3.txt", "b/1.txt"]
+    assert texts("../**/[135].txt") == ["a/3.txt", "b/1.txt", "c/d/5.txt"]
 
 
 def test_a_folder_whose_name_looks_like_a_pattern(tmp_path, monkeypatch):
@@ -164,6 +165,16 @@ def test_a_document_above_the_cap_is_passed_over_and_never_held(tmp_path, monkey
         assert found == ["um", Problem("larger than 64 MB", 2**24 + 1), "tres"]
 
 
+def test_a_block_of_many_lines_above_the_cap_is_never_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_files, "LIMIT", 2**16)
+    path = write(tmp_path / "a.txt", b"um\n\n" + (b"a" * 99 + b"\n") * 100_000 + b"\ntres\n")
+    tracemalloc.start()
+    found = texts(path, text_documents="blank line")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == ["um", Problem("larger than 64 MB", 10**7), "tres"] and peak < 2**21
+
+
 @given(sizes=st.lists(st.integers(0, 30), max_size=12), limit=st.integers(1, 20))
 @ANY
 def test_what_is_above_the_cap_in_lines_and_blocks(tmp_path, sizes, limit):
@@ -203,11 +214,16 @@ def test_a_cut_file_is_named_after_what_came_before_it(tmp_path, name, ending):
     assert reader.state()["row"] == len(found) - 1
 
 
-def test_a_cut_in_the_first_lines(tmp_path):
-    path = write(tmp_path / "a.jsonl.gz", b'{"text": "um"}\n{"text": "dois"}\n')
-    path.write_bytes(path.read_bytes()[:-12])
-    with pytest.raises(SourceError, match="cannot be read after document|none of its first lines"):
-        read(path)
+def test_a_cut_in_the_first_lines_loses_none_before_it(tmp_path):
+    """Those are looked at for the columns before any is given."""
+    lines = [json.dumps({"text": hashlib.shake_128(str(n).encode()).hexdigest(2000)}) for n in range(600)]
+    path = write(tmp_path / "a.jsonl.gz", "\n".join(lines).encode())
+    path.write_bytes(path.read_bytes()[:-9])
+    found = []
+    with pytest.raises(SourceError, match="cannot be read after document"):
+        for record in LocalFiles(text_set(path), lambda names: names):
+            found.append(json.dumps(record))
+    assert len(found) > 300 and found == lines[: len(found)]
 
 
 @pytest.mark.parametrize("harm", ["footer", "middle", "cut"])

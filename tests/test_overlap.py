@@ -59,8 +59,11 @@ def reference(items: list[str], training: list[str], ngram: int) -> dict:
     }
 
 
-# few words, so that runs are shared; some differ in case and punctuation only
-TEXTS = st.lists(st.sampled_from(["Maré", "maré,", "areia", "ilha"]), max_size=24).map(" ".join)
+# pieces of one poem, so that runs are shared; some differ in case and punctuation only
+PIECES = st.tuples(st.integers(0, 19), st.integers(1, 12), st.booleans()).map(
+    lambda piece: " ".join((POEM.upper() if piece[2] else POEM).split()[piece[0] : piece[0] + piece[1]])
+)
+TEXTS = st.lists(PIECES, max_size=3).map("; ".join)
 
 
 @settings(max_examples=50, deadline=None)
@@ -85,6 +88,21 @@ def test_rows_are_the_definitions(items: list[str], others: list[str], files: li
             size = len(example.split())
             assert any(example in runs(text, size) for text in texts)
             assert any(example in runs(text, size) for text in training)
+
+
+def test_a_run_over_two_documents_stands_in_none(tmp_path: Path) -> None:
+    half = POEM.index("desce")
+    train = write_corpus(tmp_path, "train", [[POEM[:half], POEM[half:], POEM[:half]]])
+    row = overlap.measure([{"name": "a"}], lambda _: [POEM, POEM[:half]], train, tmp_path / "work", 9, workers=1)[0]
+    # of the poem's 12 runs the 5 of its second half; the first half is an item of its own
+    assert (row["found"], row["training_documents"], row["mean_ngram_share"]) == (2, 3, (5 / 12 + 1) / 2)
+
+
+def test_an_example_stands_once(tmp_path: Path) -> None:
+    train = write_corpus(tmp_path, "train", [[POEM]])
+    items = [POEM, POEM.upper(), *(" ".join(POEM.split()[start:]) for start in range(1, 7))]
+    row = overlap.measure([{"name": "a"}], lambda _: items, train, tmp_path / "work", 13, workers=1)[0]
+    assert row["found"] == 8 and row["examples"] == [runs(POEM, 13)[start] for start in range(overlap.EXAMPLES)]
 
 
 def test_more_sets_than_a_byte_has_bits(tmp_path: Path) -> None:

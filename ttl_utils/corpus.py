@@ -307,7 +307,7 @@ def _mark(run: Run, stage: Stage, work: Path, parts: list[WorkPart]) -> tuple[np
         marked = duplicates.mark([part.path for part in parts], work, show)
     marks = np.load(marked)
     _mark_held_out(parts, marks)
-    return marks, _mark_toxic(run.params.data, stage, parts, marks)
+    return marks, _mark_toxic(run, stage, parts, marks)
 
 
 def _mark_held_out(parts: list[WorkPart], marks: np.ndarray) -> None:
@@ -327,39 +327,41 @@ def _mark_held_out(parts: list[WorkPart], marks: np.ndarray) -> None:
         start += len(held)
 
 
-def _mark_toxic(data: Data, stage: Stage, parts: list[WorkPart], marks: np.ndarray) -> dict:
+def _mark_toxic(run: Run, stage: Stage, parts: list[WorkPart], marks: np.ndarray) -> dict:
     """Scores of the classifier for what is still kept, saved part by part; where it cannot be had, the reason."""
     from ttl_utils import toxicity
 
-    settings = data.toxicity
-    if settings is None:
-        return {"ran": False, "why": "data.toxicity is null"}
-    corpus = {source.name for source in data.active if source.use == "corpus"}
+    data, settings = run.params.data, run.params.data.toxicity
+    asked = Judge(data, run.params.seed).asked_for_toxicity()
+    if settings is None or not asked:
+        return {"ran": False, "why": "data.toxicity is null" if asked else "no filter of these sources asks for it"}
     try:
         scorer = toxicity.load(settings)
     except SourceError as error:
         print(f"toxicity: skipped, {error}")
         return {"ran": False, "why": str(error)}
+    print(f"toxicity: {settings.model} on {scorer.hardware}")
     start, scores, names = 0, [], []
     with Progress("toxicity, documents", int((marks == KEPT).sum()), stage.folder / "status.json") as progress:
         for part in parts:
-            texts = [row["text"] for row in part.rows(["text"])]
-            kept = np.flatnonzero(marks[start : start + len(texts)] == KEPT)
-            if part.source in corpus and len(kept):
-                found = _scores(part.path.with_suffix(".toxicity.npy"), scorer, [texts[index] for index in kept])
-                marks[start + kept[found < settings.threshold]] = TOXIC
+            rows = list(part.rows(["text", "source", "part"]))
+            mine = marks[start : start + len(rows)]
+            scored = np.array([(row["source"], row["part"]) in asked for row in rows], bool) & (mine == KEPT)
+            texts = [row["text"] for row, chosen in zip(rows, scored, strict=True) if chosen]
+            if texts:
+                found = _scores(part.path.with_suffix(".toxicity.npy"), scorer, texts)
+                mine[np.flatnonzero(scored)[found < settings.threshold]] = TOXIC
                 scores.append(found)
                 names += [part.source] * len(found)
-                progress.update(progress.done + len(found), part.source)
-            start += len(texts)
+            progress.update(progress.done + int((mine == KEPT).sum()), part.source)
+            start += len(rows)
     every = np.concatenate(scores) if scores else np.empty(0, np.float32)
-    table = toxicity.sensitivity(every, names, settings.threshold)
     return {
         "ran": True,
         "model": settings.model,
         "threshold": settings.threshold,
         "scored": len(every),
-        "sensitivity": table.to_dict("records"),
+        "sensitivity": toxicity.sensitivity(every, names, settings.threshold).to_dict("records"),
     }
 
 

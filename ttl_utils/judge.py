@@ -70,6 +70,15 @@ class Judge:
                 return part
         return Part("", source.kind, source.filter, source.licence)
 
+    def asked_for_toxicity(self) -> set[tuple[str, str]]:
+        """(source, part) of what is learned from and whose filter asks for the classifier."""
+        return {
+            (source.name, part.name)
+            for source in self.data.active
+            for part in [self.part(source, None), *(part for _, part in self.patterns[source.name])]
+            if source.use == "corpus" and self.data.filters[part.filter].toxicity
+        }
+
     def judge(self, name: str, rows: list[dict]) -> Batch:
         """Judge rows {text, and where the source has them: origin, unit, turns, label, problem, size}."""
         batch, source = Batch(), self.sources[name]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # of a longer text three pieces of this many characters are judged, from its start, middle and end: on prose the verdict
 # is that of the whole text, at a fraction of the time, and a text that changes language on its way is still seen
-PIECE = 200
+PIECE = 150
 _LETTER = re.compile(r"[^\W\d_]")
 
 

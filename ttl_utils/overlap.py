@@ -68,8 +68,6 @@ def check(run: Run, stage: Stage) -> dict:
         if pending:
             key = hashlib.sha256(json.dumps([basis, pending]).encode()).hexdigest()[:16]
             work = folder / ".overlap" / key
-            for other in {*work.parent.glob("*")} - {work}:
-                shutil.rmtree(other)
             rows = measure(pending, texts, files["train"], work, settings.ngram, run.params.data.workers)
             checked += zip(pending, rows, strict=True)
             write_json(path, {"basis": basis, "sets": [{"set": item, "row": row} for item, row in checked]})

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import sentencepiece as spm
 
 from ttl_utils import hub
 from ttl_utils.blocks import DTYPE, TokenWriter
 from ttl_utils.corpus import documents
+from ttl_utils.encoding import Codec, plain_ids
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.progress import Progress
 from ttl_utils.run import Stage
@@ -27,26 +25,6 @@ if TYPE_CHECKING:
 BATCH_CHARACTERS = 2**20
 BATCH_ROWS = 512
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-
-
-@dataclass(frozen=True)
-class Codec:
-    """A tokenizer as packing uses it; without SentencePiece's form, the Hugging Face form encodes."""
-
-    tokenizer: PreTrainedTokenizerBase
-    processor: spm.SentencePieceProcessor | None
-
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, without those that frame a document; a control token in a text is letters."""
-        if self.processor:
-            return self.processor.encode(texts, num_threads=os.cpu_count() or 1, return_type="numpy")
-        return [np.array(ids, dtype=np.int32) for ids in plain_ids(self.tokenizer, texts)]
-
-
-def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return tokenizer(
-        texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
-    )["input_ids"]
 
 
 def batches(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
@@ -109,8 +87,7 @@ def pack_texts(corpus: Stage, stage: Stage, codec: Codec, settings: Tokenizer, s
     with Progress(f"{side} documents to tokens", total, stage.folder / "status.json", done=done) as progress:
         texts = (row["text"] for row in documents(corpus, "corpus", side, ["text"], skip=done))
         # a file ends with a batch: small files, small batches
-        for batch in batches(texts, min(BATCH_CHARACTERS, settings.shard_tokens)):
-            parts = codec.encode(batch)
+        for batch, parts in codec.encode_all(batches(texts, min(BATCH_CHARACTERS, settings.shard_tokens))):
             compared = 0
             # an imported tokenizer was compared before
             if not settings.source:

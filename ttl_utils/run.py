@@ -311,6 +311,11 @@ class Stage:
         self.run.gather_metrics()
         self.run.record()
 
+    def add_metrics(self, **more: Any) -> None:
+        """Figures of a finished stage that were measured after it."""
+        write_json(self.folder / "metrics.json", self.metrics() | more)
+        self.run.gather_metrics()
+
     def files(self, group: str) -> list[Path]:
         return [self.folder / name for name in self.manifest()["outputs"][group]["files"]]
 

@@ -67,6 +67,7 @@ class Filter(Section):
     max_duplicate_ngrams: list[Share] = Field([1.0] * 6, min_length=6, max_length=6)
     min_language_probability: Share = 0.0
     near_duplicates: bool = False
+    toxicity: bool = False
 
 
 class Origin(Section):

@@ -16,9 +16,10 @@ import sentencepiece as spm
 from ttl_utils import hub
 from ttl_utils.cleaning import is_held_out
 from ttl_utils.corpus import documents
+from ttl_utils.encoding import Codec, plain_ids
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.files import read_json, sha256, write_json, write_text
-from ttl_utils.packing import Codec, batches, first_difference, pack_texts, pack_tokens, plain_ids
+from ttl_utils.packing import batches, first_difference, pack_texts, pack_tokens
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Tokenizer
@@ -57,7 +58,7 @@ def training_lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
                 yield line
 
 
-def train_sentencepiece(lines: Iterable[str], settings: Tokenizer) -> bytes:
+def train_sentencepiece(lines: Iterable[str], settings: Tokenizer, model_type: str = "bpe") -> bytes:
     """A BPE model with byte fallback whose conversion to the Hugging Face form is exact.
 
     No normaliser, since the conversion drops it, and no folding of spaces: what is encoded is what was written.
@@ -70,7 +71,7 @@ def train_sentencepiece(lines: Iterable[str], settings: Tokenizer) -> bytes:
         spm.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            model_type="bpe",
+            model_type=model_type,
             vocab_size=settings.vocab_size,
             character_coverage=settings.character_coverage,
             max_sentence_length=settings.max_sentence_length,
@@ -138,7 +139,7 @@ def train_tokenizer(corpus: Stage, stage: Stage, seed: int, context: int, availa
         _write_bytes(path, model)
         write_json(record, {"sha256": sha256(path), "read": read})
     tokenizer = write_llama_folder(model, stage.folder, context)
-    return Codec(tokenizer, spm.SentencePieceProcessor(model_proto=model)), read
+    return Codec(tokenizer, model), read
 
 
 def _counting(texts: Iterable[str], read: dict) -> Iterator[str]:
@@ -225,10 +226,12 @@ def prepare_import(corpus: Stage, stage: Stage, context: int) -> tuple[Codec, di
     encodes itself.
     """
     settings, record = stage.run.params.tokenizer, stage.folder / "import.json"
+    model = stage.folder / "tokenizer.model"
     if not record.is_file():
         found = import_tokenizer(settings, stage.folder, context)
-        codec, compared = Codec(load_tokenizer(stage.folder), _processor(stage.folder)), 0
-        if codec.processor and settings.parity_documents and not settings.tokens:
+        compared = 0
+        if settings.parity_documents and not settings.tokens and _is_sentencepiece(model):
+            codec = Codec(load_tokenizer(stage.folder), model.read_bytes())
             texts = (row["text"] for row in documents(corpus, "corpus", "train", ["text"]))
             for batch in batches(islice(texts, settings.parity_documents)):
                 place = first_difference(codec, batch, codec.encode(batch))
@@ -240,17 +243,16 @@ def prepare_import(corpus: Stage, stage: Stage, context: int) -> tuple[Codec, di
         encoder = "SentencePiece" if compared else "Hugging Face"
         write_json(record, {**found, "encoder": encoder, "parity_documents": compared})
     found = read_json(record)
-    processor = _processor(stage.folder) if found["encoder"] == "SentencePiece" else None
-    return Codec(load_tokenizer(stage.folder), processor), found
+    used = model.read_bytes() if found["encoder"] == "SentencePiece" else None
+    return Codec(load_tokenizer(stage.folder), used), found
 
 
-def _processor(folder: Path) -> spm.SentencePieceProcessor | None:
-    path = folder / "tokenizer.model"
+def _is_sentencepiece(path: Path) -> bool:
     try:
-        return spm.SentencePieceProcessor(model_file=str(path)) if path.is_file() else None
+        return path.is_file() and bool(spm.SentencePieceProcessor(model_file=str(path)))
     except (OSError, RuntimeError):
         # a file of that name in another format
-        return None
+        return False
 
 
 def count_efficiency(codec: Codec, texts: Iterable[str], words: int) -> dict:

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.filters [--text FILE]
 
-FILE: Parquet with a `text` column, or plain text. Needs `pip install datatrove nltk`; datatrove's word splitter is
-replaced by a regular expression, so that no language model is needed and both sides split alike.
+FILE: Parquet with a `text` column, or plain text. Needs `pip install datatrove`; datatrove's word splitter is
+replaced by a regular expression (words and punctuation marks), so that no language model is needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ try:
     from datatrove.pipeline.filters import gopher_quality_filter as quality
     from datatrove.pipeline.filters import gopher_repetition_filter as repetition
 except ImportError as missing:
-    raise SystemExit(f"{missing}: this benchmark needs `pip install datatrove nltk`") from None
+    raise SystemExit(f"{missing}: this benchmark needs `pip install datatrove`") from None
 
 PARAMS = Path(__file__).parents[2] / "params" / "160m.yaml"
 SIZES = (800, 3000, 10_000)
