@@ -276,7 +276,7 @@ def big_sources() -> list[dict]:
 
 def big_data(**changes) -> dict:
     """The 160m's sources, which are on the hub, with half held out; its texts here are near copies on purpose."""
-    filters = {"prose": {"near_duplicates": False}}
+    filters = {"prose": {"near_duplicates": False, "min_words": 5}, "web": {}}
     return {"sources": big_sources(), "collection": "published", "filters": filters, "test_share": 0.5, **changes}
 
 

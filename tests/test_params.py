@@ -190,7 +190,7 @@ def test_without_parameters_a_notebook_is_nano():
     for given_values in ({}, notebook()):
         params = load_params(given_values)
         assert params.size == "nano"
-        assert set(params.origins.values()) == {"params/nano.yaml"}
+        assert set(params.origins.values()) == {"params/nano.yaml", "default"}
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -608,7 +608,7 @@ def test_a_copy_that_names_itself_works_as_a_file(own_copy):
         params = load_params(given_values)
         assert params.notes == () and params.run_name == "mine"
         assert params.pretraining.learning_rate == 1e-3 and params.model.num_hidden_layers == 6
-        assert set(params.origins.values()) == {own_copy["file"]}
+        assert set(params.origins.values()) == {own_copy["file"], "default"}
 
 
 def test_an_override_of_a_copy_keeps_the_copys_other_keys(own_copy):

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ttl_utils.privacy import KINDS, is_cpf, mask, protect
@@ -223,6 +223,13 @@ PIECES = st.sampled_from(
 
 
 @given(st.lists(PIECES, max_size=12).map("".join))
+@example("(11) 98765-4321 3456-7890")
+@example("(11) 98765-4321(11) 98765-4321")
+@example("ana@exemplo.com529.982.247-25ana@exemplo.com")
+@example("ana@exemplo.com+55ana@exemplo.com")
+@example("@fulano9,529.982.247-25")
+@example("@fulano(11) 98765-4321")
+@example("@fulano\n@fulano")
 @settings(max_examples=1000, deadline=None)
 def test_a_masked_text_has_nothing_left_to_mask(text):
     masked, counts, _ = protect(text, ALL)

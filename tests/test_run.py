@@ -24,7 +24,7 @@ from ttl_utils.files import read_json, write_json, write_text
 from ttl_utils.params import Params, load_params, project_root
 from ttl_utils.progress import Progress, clock
 from ttl_utils.run import STAGES, Run, Stage, outputs_folder
-from ttl_utils.schema import SECTIONS
+from ttl_utils.schema import Origin, SECTIONS
 
 THIS, OTHER = "a" * 40, "b" * 40
 NANO = load_params({})
@@ -41,6 +41,9 @@ GROUPS = {
 LOOP = "per_device_train_batch_size device precision attention compile logging_steps save_steps resumable_checkpoints"
 FREE = {
     "data.shard_mb",
+    "data.workers",
+    "data.overlap",
+    "tokenizer.comparison",
     "tokenizer.parity_documents",
     "tokenizer.shard_tokens",
     *(f"{section}.{key}" for section in ("pretraining", "chat") for key in LOOP.split()),
@@ -117,9 +120,8 @@ def keys_of(model: type[BaseModel], value: Any, path: tuple = ()) -> list[tuple]
     for key in model.model_fields:
         item = getattr(value, key)
         found.append((*path, key))
-        inner = (
-            next(iter(item.values()), None) if isinstance(item, dict) else item[0] if isinstance(item, list) else None
-        )
+        items = list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else []
+        inner = items[0] if items else None
         if isinstance(inner, BaseModel):
             first = next(iter(item)) if isinstance(item, dict) else 0
             found += keys_of(type(inner), inner, (*path, key, first))
@@ -139,9 +141,9 @@ def changed(value: Any) -> Any:
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, list):
-        return value[:-1]
+        return value[:-1] or [Origin(pattern="x", kind="plain", filter="prose", licence="x")]
     if isinstance(value, dict):
-        return dict(list(value.items())[:-1])
+        return dict(list(value.items())[:-1]) or {"x": "x"}
     return 1
 
 

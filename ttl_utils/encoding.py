@@ -1,83 +1,74 @@
-"""Texts to ids: SentencePiece, each word once and on all cores; or the Hugging Face form, where there is no other."""
+"""Texts to ids: SentencePiece, for each word of a batch once; or the Hugging Face form, where there is no other."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import sentencepiece as spm
 
 from ttl_utils.blocks import DTYPE
-from ttl_utils.errors import TTLError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# characters of the words that a process remembers: some 60 MB
-KEPT_CHARACTERS = 2**22
-# batches before other processes are worth their start
-ALONE = 4
+# words that are encoded as one text: a call costs more than a word, and a long text more than its parts
+TOGETHER = 128
+# how SentencePiece writes a space
 _SPACE = "\u2581"
 
 
 class Words:
-    """A SentencePiece model that remembers words: most words of a text were encoded before.
+    """A SentencePiece model that encodes the different words of a batch, and puts the texts together from them.
 
     Where no piece holds a space but at its beginning, no merge crosses a space: the ids of a text are those of its
-    words, one after another. Models that are otherwise encode whole texts.
+    words, one after another. A model that is otherwise encodes whole texts.
     """
 
     def __init__(self, model: bytes):
         self.processor = spm.SentencePieceProcessor(model_proto=model)
-        self.known: dict[str, bytes] = {}
-        self.characters = 0
         pieces = [self.processor.id_to_piece(index) for index in range(self.processor.vocab_size())]
         self.begins = np.array([piece.startswith(_SPACE) for piece in pieces])
         one, spaces = self.processor.encode("a"), self.processor.encode(" ")
         # a text begins with a space of its own, so that one space is two
-        self.space = spaces[: len(spaces) // 2]
-        self.apart = not any(_SPACE in piece[1:] for piece in pieces)
-        self.apart &= self.processor.encode("a a  a") == [*one, *one, *self.space, *one]
+        space = spaces[: len(spaces) // 2]
+        self.apart = len(space) == 1 and not any(_SPACE in piece[1:] for piece in pieces)
+        self.apart &= self.processor.encode("a a  a") == [*one, *one, *space, *one]
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        if not self.apart:
-            return [ids.astype(DTYPE) for ids in self.processor.encode(texts, return_type="numpy")]
-        return [np.frombuffer(self._joined(text), dtype=DTYPE) for text in texts]
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the texts one after another (16 bits), and how many each text has."""
+        if not (self.apart and texts and all(texts)):
+            return self._whole(texts)
+        words = pc.split_pattern(pa.array(texts), " ")
+        coded = words.flatten().dictionary_encode()
+        which = coded.indices.to_numpy()
+        # cut where pieces begin with a space
+        new = coded.dictionary.to_pylist()
+        lines = [" ".join(new[n : n + TOGETHER]) for n in range(0, len(new), TOGETHER)]
+        different = np.concatenate(self.processor.encode(lines, num_threads=os.cpu_count() or 1, return_type="numpy"))
+        begins = np.flatnonzero(self.begins[different])
+        if len(begins) != len(new):
+            # the mark of a space stands in a text as itself
+            return self._whole(texts)
+        sizes = np.diff(begins, append=len(different))
+        ends = np.cumsum(sizes[which])
+        # the place of each id: that of its word's first, and its own within the word
+        places = np.arange(ends[-1]) + np.repeat(begins[which] - ends + sizes[which], sizes[which])
+        text_ends = ends[words.offsets.to_numpy()[1:] - 1]
+        return different.astype(DTYPE)[places], np.diff(text_ends, prepend=0)
 
-    def _joined(self, text: str) -> bytes:
-        if not text:
-            return b""
-        if self.characters > KEPT_CHARACTERS or not self.known:
-            self.known = {"": np.array(self.space, dtype=DTYPE).tobytes()}
-            self.characters = 0
-        words = text.split(" ")
-        parts = list(map(self.known.get, words))
-        if None in parts:
-            new = list(dict.fromkeys(word for word, part in zip(words, parts, strict=True) if part is None))
-            self.known.update(zip(new, self._each(new), strict=True))
-            self.characters += sum(map(len, new))
-            parts = map(self.known.__getitem__, words)
-        return b"".join(parts)
+    def _whole(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _joined(self.processor.encode(texts, num_threads=os.cpu_count() or 1, return_type="numpy"))
 
-    def _each(self, words: list[str]) -> list[bytes]:
-        # as one text, since a call costs more than a word; cut where pieces begin with a space
-        ids = self.processor.encode(" ".join(words), return_type="numpy")
-        cuts = np.flatnonzero(self.begins[ids]).tolist()
-        if len(cuts) != len(words):
-            # the mark itself stands in a word
-            return [ids.astype(DTYPE).tobytes() for ids in self.processor.encode(words, return_type="numpy")]
-        joined, size = ids.astype(DTYPE).tobytes(), DTYPE.itemsize
-        return [joined[size * one : size * other] for one, other in pairwise([*cuts, len(ids)])]
+
+def _joined(parts: list) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(part) for part in parts], dtype=np.int64)
+    return np.concatenate([np.empty(0, DTYPE), *(np.asarray(part, dtype=DTYPE) for part in parts)]), lengths
 
 
 @dataclass(frozen=True)
@@ -91,61 +82,9 @@ class Codec:
     def _words(self) -> Words | None:
         return Words(self.model) if self.model else None
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, without those that frame a document; a control token in a text is letters."""
-        if self._words:
-            return self._words.encode(texts)
-        return [np.array(ids, dtype=DTYPE) for ids in plain_ids(self.tokenizer, texts)]
-
-    def encode_all(
-        self, batches: Iterable[list[str]], processes: int | None = None
-    ) -> Iterator[tuple[list[str], list[np.ndarray]]]:
-        """Each batch with its ids, in order; the Hugging Face form has threads of its own."""
-        batches = iter(batches)
-        processes = processes or os.cpu_count() or 1
-        for batch in islice(batches, ALONE if self.model and processes > 1 else None):
-            yield batch, self.encode(batch)
-        first = list(islice(batches, 1))
-        if not first:
-            return
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (self.model,)) as pool:
-            window: deque = deque()
-            try:
-                for batch in chain(first, batches):
-                    window.append((batch, pool.submit(_encode_in_worker, batch)))
-                    # a few batches ahead of the workers, never the whole corpus
-                    if len(window) > 2 * processes:
-                        batch, ids = window.popleft()
-                        yield batch, ids.result()
-                for batch, ids in window:
-                    yield batch, ids.result()
-            except BrokenProcessPool:
-                raise TTLError(
-                    "encoding: a worker process was ended from outside, most likely for want of memory; what was done "
-                    "is kept: run again where more memory is free"
-                ) from None
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-
-_worker: Words | None = None
-
-
-def _start_worker(model: bytes) -> None:
-    global _worker
-    _worker = Words(model)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # a parent that is killed cannot tell its workers, which would wait for ever
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
-    assert _worker is not None
-    return _worker.encode(texts)
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of the texts one after another, and how many each has; a control token in a text is letters."""
+        return self._words.encode(texts) if self._words else _joined(plain_ids(self.tokenizer, texts))
 
 
 def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -23,7 +23,7 @@ from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import TextSet
 from ttl_utils.sources import read_texts
-from ttl_utils.words import ngram_hashes, word_bounds, word_codes
+from ttl_utils.words import longer, word_bounds, word_codes
 
 # the corpus's own held-out side, which is looked for beside the sets of the parameters
 HELD_OUT = {"name": "held out"}
@@ -142,11 +142,22 @@ def _damaged(path: Path, error: Exception) -> DamagedFile:
     return DamagedFile(f"{path} does not read ({reason}): restore it from a copy, or make stage 01 again")
 
 
+def _runs(codes: np.ndarray, sizes: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Each of `sizes`, from the shortest on, with the hashes of all runs of so many words."""
+    hashes = codes
+    for size in range(1, max(sizes) + 1):
+        hashes = hashes if size == 1 else longer(hashes, codes)
+        if size in sizes:
+            yield size, hashes
+
+
 def _ngrams(text: str, ngram: int) -> tuple[np.ndarray, int]:
     """Hashes of an item's n-grams, and their length in words; none where it is too short to be checked."""
     codes = word_codes(text)
     size = min(ngram, len(codes))
-    return ngram_hashes(codes, size) if size >= min(SHORTEST, ngram) else np.empty(0, np.uint64), size
+    if size < min(SHORTEST, ngram):
+        return np.empty(0, np.uint64), size
+    return next(hashes for _, hashes in _runs(codes, [size])), size
 
 
 def _write_index(sets: list[dict], texts: Callable[[dict], Iterable[str]], work: Path, ngram: int) -> None:
@@ -235,8 +246,7 @@ def _scan(path: Path, work: Path) -> None:
         numbers = np.repeat(np.arange(len(batch)), [len(item) for item in batch])
         # (documents, sets): has an n-gram of the set
         concerned = np.zeros((len(batch), len(documents)), bool)
-        for size in index["lengths"]:
-            hashes = ngram_hashes(codes, size)
+        for size, hashes in _runs(codes, index["lengths"]):
             likely = np.flatnonzero(bits[hashes >> np.uint64(67 - _BITS)] >> (hashes >> np.uint64(64 - _BITS) & 7) & 1)
             # an n-gram that begins in one document and ends in another stands in none
             likely = likely[numbers[likely] == numbers[likely + size - 1]]

@@ -21,13 +21,15 @@ from ttl_utils.schema import TextSet, Tokenizer, Tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# of text encoded at a time: enough for many threads, little beside the tokenizer's own memory
-BATCH_CHARACTERS = 2**20
+# of text encoded at a time: the more, the fewer of its words are new; some 100 MB of memory
+BATCH_CHARACTERS = 2**22
+# where the Hugging Face form encodes, which takes more memory for a token
+PLAIN_CHARACTERS = 2**20
 BATCH_ROWS = 512
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def batches(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterator[list[str]]:
+def batches(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
     """Lists of texts of together at most `characters`, or of one longer text."""
     batch: list[str] = []
     size = 0
@@ -41,12 +43,18 @@ def batches(texts: Iterable[str], characters: int = BATCH_CHARACTERS) -> Iterato
         yield batch
 
 
-def framed(parts: list[np.ndarray], bos: int, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The documents of a batch one after another, each within its control tokens: ids (16 bits), and the starts."""
-    head, tail = np.array([bos]), np.array([] if eos is None else [eos], dtype=np.int64)
-    lengths = np.array([len(part) for part in parts]) + 1 + len(tail)
-    ids = np.concatenate([piece for part in parts for piece in (head, part, tail)], dtype=DTYPE, casting="unsafe")
-    return ids, np.cumsum(lengths) - lengths
+def framed(ids: np.ndarray, lengths: np.ndarray, bos: int, eos: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The documents of a batch, each within its control tokens: ids (16 bits) one after another, and the starts."""
+    whole = lengths + (1 if eos is None else 2)
+    ends = np.cumsum(whole)
+    starts = ends - whole
+    inner = np.ones(ends[-1], dtype=bool)
+    result = np.empty(ends[-1], dtype=DTYPE)
+    inner[starts], result[starts] = False, bos
+    if eos is not None:
+        inner[ends - 1], result[ends - 1] = False, eos
+    result[inner] = ids
+    return result, starts
 
 
 def byte_pieces(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
@@ -57,20 +65,19 @@ def byte_pieces(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     return found
 
 
-def first_difference(codec: Codec, texts: list[str], encoded: list[np.ndarray]) -> str | None:
-    """Where the Hugging Face form gives other ids than SentencePiece's, if it does."""
-    if not texts:
-        return None
-    for text, one, other in zip(texts, encoded, plain_ids(codec.tokenizer, texts), strict=True):
+def first_difference(codec: Codec, texts: list[str]) -> str | None:
+    """Where the Hugging Face form gives other ids than the codec does, if it does."""
+    ids, lengths = codec.encode(texts)
+    parts = np.split(ids, np.cumsum(lengths)[:-1])
+    for text, one, other in zip(texts, parts, plain_ids(codec.tokenizer, texts), strict=True):
         if (one := one.tolist()) != other:
             place = next((n for n, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), -1)
             return f"token {place} of {text[:80]!r}"
     return None
 
 
-def check_parity(codec: Codec, texts: list[str], encoded: list[np.ndarray]) -> None:
-    place = first_difference(codec, texts, encoded)
-    if place:
+def check_parity(codec: Codec, texts: list[str]) -> None:
+    if place := first_difference(codec, texts):
         raise TTLError(
             f"SentencePiece and the Hugging Face tokenizer disagree at {place}: "
             "the model would be trained on other ids than users get"
@@ -87,18 +94,21 @@ def pack_texts(corpus: Stage, stage: Stage, codec: Codec, settings: Tokenizer, s
     with Progress(f"{side} documents to tokens", total, stage.folder / "status.json", done=done) as progress:
         texts = (row["text"] for row in documents(corpus, "corpus", side, ["text"], skip=done))
         # a file ends with a batch: small files, small batches
-        for batch, parts in codec.encode_all(batches(texts, min(BATCH_CHARACTERS, settings.shard_tokens))):
+        most = BATCH_CHARACTERS if codec.model else PLAIN_CHARACTERS
+        for batch in batches(texts, min(most, settings.shard_tokens)):
             compared = 0
             # an imported tokenizer was compared before
             if not settings.source:
-                most, before = settings.parity_documents, writer.totals["parity_documents"]
-                compared = len(batch) if most is None else min(len(batch), max(0, most - before))
-                check_parity(codec, batch[:compared], parts[:compared])
-            ids, starts = framed(parts, tokenizer.bos_token_id, eos)
+                wanted, before = settings.parity_documents, writer.totals["parity_documents"]
+                compared = len(batch) if wanted is None else min(len(batch), max(0, wanted - before))
+                for part in batches(batch[:compared], PLAIN_CHARACTERS):
+                    check_parity(codec, part)
+            plain, lengths = codec.encode(batch)
+            ids, starts = framed(plain, lengths, tokenizer.bos_token_id, eos)
             counts = {
                 "bytes": sum(len(text.encode("utf-8")) for text in batch),
                 "words": sum(len(text.split()) for text in batch),
-                "text_tokens": sum(len(part) for part in parts),
+                "text_tokens": len(plain),
                 "byte_tokens": int(np.count_nonzero(fallback[ids])),
                 "unknown_tokens": int(np.count_nonzero(ids == tokenizer.unk_token_id)),
                 "parity_documents": compared,

@@ -134,9 +134,11 @@ def load_params(given: Mapping[str, Any]) -> Params:
         origins |= {key: "given" for key, item in leaves if _lookup(original, key) != item}
     values.setdefault("file", file)
     try:
-        return Params(Parameters.model_validate(values), origins, notes)
+        found = Parameters.model_validate(values)
     except ValidationError as error:
         raise ParameterError(_explain(error, file, origins)) from None
+    # a key that stands nowhere has the schema's value
+    return Params(found, {key: origins.get(key, "default") for key, _ in _leaves(found.model_dump())}, notes)
 
 
 def _merged(old: Mapping, new: Mapping) -> dict:

@@ -67,8 +67,8 @@ def _is_telephone(match: re.Match) -> bool:
     if match["bare"]:
         return len(match["bare"]) != 11 or not is_cpf(match["bare"])
     area, nine, first, last = match["area"], match["nine"], int(match["first"]), int(match["last"])
-    if not nine and (0 < last - first < 100 or (first < 2100 and 1000 <= last < 2100)):
-        # "(12) 2345-2360" and "2014-2016" are pages and years
+    if not nine and 0 <= last - first < 100:
+        # "(12) 2345-2360" and "11 2014-2016" are pages and years
         return False
     if "(" in area or "+" in area or (match["gap"] in ("-", "–") and (area or nine == "9")):
         return True

@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow.parquet as pq
 import sentencepiece as spm
 
@@ -19,7 +20,7 @@ from ttl_utils.corpus import documents
 from ttl_utils.encoding import Codec, plain_ids
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.files import read_json, sha256, write_json, write_text
-from ttl_utils.packing import batches, first_difference, pack_texts, pack_tokens
+from ttl_utils.packing import PLAIN_CHARACTERS, batches, first_difference, pack_texts, pack_tokens
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Tokenizer
@@ -233,9 +234,8 @@ def prepare_import(corpus: Stage, stage: Stage, context: int) -> tuple[Codec, di
         if settings.parity_documents and not settings.tokens and _is_sentencepiece(model):
             codec = Codec(load_tokenizer(stage.folder), model.read_bytes())
             texts = (row["text"] for row in documents(corpus, "corpus", "train", ["text"]))
-            for batch in batches(islice(texts, settings.parity_documents)):
-                place = first_difference(codec, batch, codec.encode(batch))
-                if place:
+            for batch in batches(islice(texts, settings.parity_documents), PLAIN_CHARACTERS):
+                if place := first_difference(codec, batch):
                     print(f"tokenizer: its two forms differ at {place}, so the Hugging Face form encodes")
                     compared = 0
                     break
@@ -262,7 +262,7 @@ def count_efficiency(codec: Codec, texts: Iterable[str], words: int) -> dict:
         taken = text.split()[: words - counted]
         if taken:
             tokens += len(codec.encode([" ".join(taken)])[0])
-            whole += sum(len(ids) == 1 for ids in codec.encode(taken))
+            whole += int(np.count_nonzero(codec.encode(taken)[1] == 1))
         counted += len(taken)
         if counted == words:
             break

@@ -104,7 +104,7 @@ def load(settings: Toxicity) -> Scorer:
     most = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > most:
         raise ParameterError(f"data.toxicity.max_length {settings.max_length}: {settings.model} reads {most} at most")
-    return Scorer(model.to(device).eval(), tokenizer, settings.max_length, settings.batch_size)
+    return Scorer(model.to(device), tokenizer, settings.max_length, settings.batch_size)
 
 
 def sensitivity(scores: np.ndarray, sources: Sequence[str], threshold: float) -> pd.DataFrame:

@@ -110,7 +110,7 @@ def main() -> None:
     rows.append((where, per_second, f"{rate:,.2f}", hours / shared[0], hours / shared[1]))
     columns = ["step", "MB/s", "documents/s", "hours on 2 cores", "hours on 16 cores"]
     print("\nThe paper's corpus: 30 GB of text, 10,564,643 documents")
-    print(pd.DataFrame(rows, columns=columns).to_string(index=False, float_format="{:,.1f}".format))
+    print(pd.DataFrame(rows, columns=columns).to_string(index=False, float_format="{:,.2f}".format))
     print(f"\nThe classifier read {tokens / len(some):,.0f} tokens a document (512 at most). It is a GPU's work.")
 
 
