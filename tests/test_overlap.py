@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -120,12 +121,21 @@ class FakeStage:
     """What `check` asks of stage 01 when it is finished."""
 
     def __init__(self, folder: Path, train: list[list[str]], test: list[list[str]]):
-        self.folder, self.fingerprint = folder, "f1"
+        self.folder, self.fingerprint, self.added = folder, "f1", {}
         corpus = folder / "corpus"
         self.paths = [*write_corpus(corpus, "train", train), *write_corpus(corpus, "test", test)]
 
     def manifest(self) -> dict:
         return {"outputs": {"corpus": {"fingerprint": self.fingerprint}}}
+
+    def measuring(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def metrics(self) -> dict:
+        return self.added
+
+    def add_metrics(self, **more) -> None:
+        self.added |= more
 
     def files(self, group: str) -> list[Path]:
         assert group == "corpus"

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
-from itertools import islice
 
 import numpy as np
 import pytest
 import sentencepiece as spm
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import sentence
 from ttl_utils import tokenizer as module
+from ttl_utils.cleaning import clean
 from ttl_utils.corpus import documents
+from ttl_utils.encoding import Codec
 from ttl_utils.errors import TTLError
 from ttl_utils.files import sha256
-from ttl_utils.cleaning import clean
+from ttl_utils.packing import check_parity, first_difference
 from ttl_utils.tokenizer import (
     BOS,
     EOS,
@@ -45,6 +48,11 @@ def done(tiny_done):
 @pytest.fixture(scope="module")
 def llama(done):
     return load_tokenizer(done.folder)
+
+
+@pytest.fixture(scope="module")
+def codec(done, llama):
+    return Codec(llama, (done.folder / "tokenizer.model").read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +123,10 @@ def test_spaces_within_a_text_are_kept(llama, reference):
     assert ids == reference.encode(text) and llama.decode(ids) == text
 
 
-def test_a_tokenizer_that_differs_is_caught(done, reference, tmp_path, tiny_done):
+def test_a_tokenizer_that_differs_is_caught(done, tmp_path, tiny_done):
     texts = ["um </s> escrito <s>, não um sinal", *texts_of(tiny_done, "test")[:50]]
-    encoded = reference.encode(texts)
-    module._check_parity(load_tokenizer(done.folder), texts, encoded)
+    model = (done.folder / "tokenizer.model").read_bytes()
+    check_parity(Codec(load_tokenizer(done.folder), model), texts)
     folder = tmp_path / "other"
     folder.mkdir()
     for path in done.files("tokenizer"):
@@ -127,10 +135,12 @@ def test_a_tokenizer_that_differs_is_caught(done, reference, tmp_path, tiny_done
     form["model"]["merges"] = form["model"]["merges"][:-40]
     (folder / "tokenizer.json").write_text(json.dumps(form))
     with pytest.raises(TTLError, match="disagree at token [0-9]+ of "):
-        module._check_parity(load_tokenizer(folder), texts, encoded)
-    # an encoding that only ends early
-    with pytest.raises(TTLError, match="disagree"):
-        module._check_parity(load_tokenizer(done.folder), texts[:1], [encoded[0][:-1]])
+        check_parity(Codec(load_tokenizer(folder), model), texts)
+    # the last text alone differs
+    alike = [text for text in texts if not first_difference(Codec(load_tokenizer(folder), model), [text])]
+    other = next(text for text in texts if text not in alike)
+    with pytest.raises(TTLError, match=re.escape(other[:80])):
+        check_parity(Codec(load_tokenizer(folder), model), [*alike, other])
 
 
 def test_the_stage_checks_every_document_or_as_many_as_asked(done, tiny_prepared, monkeypatch):
@@ -228,16 +238,16 @@ def test_sampled_texts_are_spread_and_the_same_each_time(tiny_done):
 # efficiency
 
 
-def test_efficiency_counts_just_the_words_asked_for(reference):
+def test_efficiency_counts_just_the_words_asked_for(reference, codec):
     texts = ["O mercado subiu muito", "hoje  de\nnovo", "nunca lido"]
-    eff = count_efficiency(reference, texts, 6)
+    eff = count_efficiency(codec, texts, 6)
     pieces = len(reference.encode("O mercado subiu muito")) + len(reference.encode("hoje de"))
     words = ["O", "mercado", "subiu", "muito", "hoje", "de"]
     whole = sum(len(reference.encode(word)) == 1 for word in words)
     assert eff == {"words": 6, "tokens": pieces, "tokens_per_word": pieces / 6, "whole_word_share": whole / 6}
     assert 0 < whole < 6
-    assert count_efficiency(reference, texts, 100)["words"] == 9
-    assert count_efficiency(reference, [], 6) == {
+    assert count_efficiency(codec, texts, 100)["words"] == 9
+    assert count_efficiency(codec, [], 6) == {
         "words": 0,
         "tokens": 0,
         "tokens_per_word": None,
@@ -245,11 +255,11 @@ def test_efficiency_counts_just_the_words_asked_for(reference):
     }
 
 
-def test_the_metrics_are_of_the_written_text(done, tiny_done, reference):
+def test_the_metrics_are_of_the_written_text(done, tiny_done, reference, codec):
     metrics = done.metrics()
     assert metrics["efficiency"]["words"] == 200
     texts = {side: texts_of(tiny_done, side) for side in ("train", "test")}
-    assert metrics["efficiency"] == count_efficiency(reference, texts["test"], 200)
+    assert metrics["efficiency"] == count_efficiency(codec, texts["test"], 200)
     encoded = {side: reference.encode(texts[side]) for side in texts}
     words = sum(len(text.split()) for side in texts for text in texts[side])
     pieces = [index for side in texts for ids in encoded[side] for index in ids]
@@ -260,83 +270,168 @@ def test_the_metrics_are_of_the_written_text(done, tiny_done, reference):
     tokens = metrics["train_tokens"] + metrics["test_tokens"]
     fallen = sum(reference.is_byte(n) and reference.id_to_piece(n) != "<0x0A>" for n in pieces)
     assert fallen > 0 and metrics["byte_fallback_share"] == fallen / tokens
+    assert metrics["unknown_share"] == 0 and metrics["imported"] is None
     assert 2 < metrics["bytes_per_stored_token"] < 2.2
 
 
-# packed tokens
+# importing
 
 
-def packed(stage, side: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(ids, starts) by file."""
-    paths = [path for path in stage.files("tokens") if path.name.startswith(f"{side}-") and path.suffix == ".bin"]
-    return [(np.fromfile(path, dtype="<u2"), np.load(path.with_suffix(".starts.npy"))) for path in paths]
+def copied(done, folder, **config):
+    """The tiny tokenizer as somebody else's folder."""
+    folder.mkdir()
+    for path in done.files("tokenizer"):
+        shutil.copy(path, folder)
+    if config:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
 
 
-def split(stage, side: str) -> list[list[int]]:
-    return [part.tolist() for ids, starts in packed(stage, side) for part in np.split(ids, starts[1:])]
-
-
-@pytest.mark.parametrize("side", ["train", "test"])
-def test_packed_documents_are_the_corpus(done, tiny_done, reference, side):
-    texts = texts_of(tiny_done, side)
-    assert split(done, side) == [[BOS, *ids, EOS] for ids in reference.encode(texts)]
-    metrics = done.metrics()
-    assert metrics[f"{side}_documents"] == len(texts)
-    size = sum(path.stat().st_size for path in done.files("tokens") if path.match(f"{side}-*.bin"))
-    # 16 bits a token
-    assert size == 2 * metrics[f"{side}_tokens"]
-    for ids, starts in packed(done, side):
-        assert (ids[starts] == BOS).all() and (ids == BOS).sum() == len(starts)
-        assert ids.max() < metrics["vocab_size"]
-    # files end soon after their size, at a document's end
-    assert all(20_000 <= len(ids) < 21_000 for ids, _ in packed(done, side)[:-1])
-    assert len(packed(done, side)) == (5 if side == "train" else 1)
-
-
-def test_no_packed_document_is_on_both_sides(done):
-    sides = [{tuple(ids) for ids in split(done, side)} for side in ("train", "test")]
-    assert all(sides) and not sides[0] & sides[1]
-
-
-def test_without_the_end_token(tiny_done, tiny_prepared, reference):
-    run = tiny_prepared(tokenizer={"append_eos": False, "parity_documents": 1}, run="no-eos")
+def imported(tiny_prepared, folder, name="imported", **settings):
+    run = tiny_prepared(tokenizer={"source": str(folder), **settings}, run=name)
     shutil.rmtree(run.folder / "02_tokenizer")
+    return prepare_tokenizer(run)
+
+
+def hashes(stage, group):
+    return {path.name: sha256(path) for path in stage.files(group)}
+
+
+def test_an_imported_tokenizer_gives_the_tokens_of_its_own_stage(done, tiny_prepared, tmp_path, capsys):
+    folder = copied(done, tmp_path / "theirs")
+    stage = imported(tiny_prepared, folder, parity_documents=40)
+    assert hashes(stage, "tokens") == hashes(done, "tokens")
+    assert load_tokenizer(stage.folder).get_vocab() == load_tokenizer(folder).get_vocab()
+    metrics, trained = stage.metrics(), done.metrics()
+    record = metrics["imported"]
+    assert record["name"] == str(folder) and record["commit"] is None
+    assert record["sha256"] == hashes(done, "tokenizer")
+    assert (record["encoder"], record["parity_documents"]) == ("SentencePiece", 40)
+    assert metrics["read_for_training"] is None
+    for key in ("efficiency", "tokens_per_word", "test_bytes", "train_documents", "byte_fallback_share"):
+        assert metrics[key] == trained[key]
+    assert (stage.folder / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    # where all documents are to be compared, the form that users load encodes
+    again = imported(tiny_prepared, folder, name="compared")
+    assert again.metrics()["imported"]["encoder"] == "Hugging Face"
+    assert hashes(again, "tokens") == hashes(done, "tokens")
+
+
+@pytest.mark.parametrize("change", ["merges", "no model", "another format"])
+def test_the_form_that_users_load_encodes_where_the_other_differs(done, tiny_prepared, tmp_path, change, capsys):
+    folder = copied(done, tmp_path / "theirs")
+    model = folder / "tokenizer.model"
+    if change == "merges":
+        form = json.loads((folder / "tokenizer.json").read_text())
+        form["model"]["merges"] = form["model"]["merges"][:-40]
+        (folder / "tokenizer.json").write_text(json.dumps(form))
+    elif change == "no model":
+        model.unlink()
+    else:
+        model.write_text("not SentencePiece")
+    stage = imported(tiny_prepared, folder, parity_documents=40)
+    assert stage.metrics()["imported"]["encoder"] == "Hugging Face"
+    assert ("its two forms differ at token" in capsys.readouterr().out) == (change == "merges")
+    assert (hashes(stage, "tokens") == hashes(done, "tokens")) == (change != "merges")
+    opened = load_tokenizer(stage.folder)
+    ids = np.fromfile(stage.files("tokens")[0], dtype="<u2")
+    text = next(iter(texts_of(stage.run, "test")))
+    expected = opened(text, split_special_tokens=True)["input_ids"]
+    assert ids[: len(expected)].tolist() == expected
+
+
+def byte_level(**special):
+    """A tokenizer without SentencePiece: bytes, as GPT-2's."""
+    form = tokenizers.Tokenizer(tokenizers.models.BPE())
+    form.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    form.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=340, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    form.train_from_iterator(sentences(80), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=form, **special)
+
+
+def test_any_fast_tokenizer_begins_with_its_token_and_can_pad(tiny_prepared, tmp_path, capsys):
+    theirs = byte_level(bos_token="<|end|>", eos_token="<|end|>")
+    theirs.save_pretrained(tmp_path / "bytes")
+    stage = imported(tiny_prepared, tmp_path / "bytes", vocab_size=len(theirs))
+    opened = load_tokenizer(stage.folder)
+    assert len(opened) == len(theirs) and opened.pad_token == "<|end|>"
+    assert "no token to pad with, so <|end|> is" in capsys.readouterr().out
+    plain = theirs("O mercado", add_special_tokens=False)["input_ids"]
+    assert opened("O mercado")["input_ids"] == [opened.bos_token_id, *plain]
+    assert {path.name for path in stage.files("tokenizer")} == {"tokenizer.json", "tokenizer_config.json"}
+    metrics = stage.metrics()
+    assert metrics["vocab_size"] == len(theirs) and metrics["unknown_share"] == 0
+    # one of each document's two control tokens is a text's; bytes of a text are those of the corpus
+    assert metrics["test_bytes"] == sum(len(text.encode()) for text in texts_of(stage.run, "test"))
+
+
+def test_characters_without_a_piece_are_counted_as_unknown(done, tiny_prepared, tmp_path):
+    """As the published tokenizer: byte fallback switched on, and no piece for a byte."""
+    folder = copied(done, tmp_path / "theirs")
+    (folder / "tokenizer.model").unlink()
+    form = json.loads((folder / "tokenizer.json").read_text())
+    names = {name: f"unused{index}" for name, index in form["model"]["vocab"].items() if re.match("<0x..>", name)}
+    form["model"]["vocab"] = {names.get(name, name): index for name, index in form["model"]["vocab"].items()}
+    form["model"]["unk_token"] = "<unk>"
+    (folder / "tokenizer.json").write_text(json.dumps(form))
+    stage = imported(tiny_prepared, folder)
+    metrics, trained = stage.metrics(), done.metrics()
+    assert metrics["byte_fallback_share"] == 0 < trained["byte_fallback_share"]
+    ids = np.concatenate([np.fromfile(path, dtype="<u2") for path in stage.files("tokens") if path.suffix == ".bin"])
+    assert metrics["unknown_share"] == (ids == UNK).sum() / len(ids) > 0
+
+
+def test_what_cannot_be_used_is_refused_by_name(done, tiny_prepared, tmp_path, monkeypatch):
+    folder = copied(done, tmp_path / "theirs")
+    with pytest.raises(TTLError, match=r"has 512 pieces, and tokenizer.vocab_size is 600: set .* to 512"):
+        imported(tiny_prepared, folder, name="a", vocab_size=600)
+    with pytest.raises(TTLError, match="has no bos_token and no eos_token, which documents begin and end with"):
+        byte_level().save_pretrained(tmp_path / "none")
+        imported(tiny_prepared, tmp_path / "none", name="b", vocab_size=340)
+    with pytest.raises(TTLError, match="has no eos_token,"):
+        byte_level(bos_token="<|end|>").save_pretrained(tmp_path / "half")
+        imported(tiny_prepared, tmp_path / "half", name="c", vocab_size=340)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TTLError, match="does not open as a tokenizer"):
+        imported(tiny_prepared, tmp_path / "empty", name="d")
+    with pytest.raises(TTLError, match="no such folder"):
+        imported(tiny_prepared, tmp_path / "nowhere", name="e")
+    monkeypatch.setattr(type(load_tokenizer(folder)), "__len__", lambda self: 70_000)
+    with pytest.raises(TTLError, match="has 70,000 pieces; tokens are stored in 16 bits"):
+        imported(tiny_prepared, folder, name="f")
+
+
+def test_a_tokenizer_of_the_hub_is_known_by_its_commit(done, tiny_prepared, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--a--b" / "snapshots"
+    snapshot.mkdir(parents=True)
+    copied(done, snapshot / "0f1e")
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        return str(snapshot / "0f1e")
+
+    monkeypatch.setattr(module.hub, "model_folder", lambda name, revision: name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    stage = imported(tiny_prepared, "a/b", revision="v1")
+    assert asked == [("a/b", "v1")] and stage.metrics()["imported"]["commit"] == "0f1e"
+
+
+def test_an_import_that_was_stopped_does_not_ask_again(done, tiny_prepared, tmp_path, monkeypatch):
+    folder = copied(done, tmp_path / "theirs")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "pack_texts", stopped)
+        imported(tiny_prepared, folder, parity_documents=40)
+    run = tiny_prepared(tokenizer={"source": str(folder), "parity_documents": 40}, run="imported")
+    shutil.rmtree(folder)
     stage = prepare_tokenizer(run)
-    assert split(stage, "test") == [[BOS, *ids] for ids in reference.encode(texts_of(tiny_done, "test"))]
-    # a batch of each side, since one document was asked for
-    assert stage.metrics()["parity"]["documents"] == 512 + stage.metrics()["test_documents"]
+    assert hashes(stage, "tokens") == hashes(done, "tokens")
 
 
-def test_the_same_bytes_again_after_an_interruption(done, tiny_prepared, monkeypatch):
-    run = tiny_prepared(run="again")
-    shutil.rmtree(run.folder / "02_tokenizer")
-    whole = module._batches
-
-    def torn(texts, size):
-        yield from islice(whole(texts, size), 1)
-        raise RuntimeError("cut")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "_batches", torn)
-        with pytest.raises(RuntimeError, match="cut"):
-            prepare_tokenizer(run)
-    stage = run.stage("02_tokenizer")
-    assert not stage.finished and (stage.folder / "tokens").is_dir()
-    # what a killed process left behind, and a second pass would not overwrite
-    (stage.folder / "tokens" / "train-00009.bin").write_bytes(b"torn")
-    (stage.folder / "tokenizer.json").write_text("{")
-    again = prepare_tokenizer(run)
-    for group in ("tokenizer", "tokens"):
-        hashes = [{path.name: sha256(path) for path in stage.files(group)} for stage in (again, done)]
-        assert hashes[0] == hashes[1]
-    names = {path.name for path in (again.folder / "tokens").iterdir()}
-    assert names == {path.name for path in again.files("tokens")}
-
-
-def test_a_damaged_corpus_is_refused(tiny_prepared):
-    run = tiny_prepared(run="damaged")
-    shutil.rmtree(run.folder / "02_tokenizer")
-    path = run.stage("01_data").files("corpus")[0]
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(TTLError, match=f"{path.name} is damaged"):
-        prepare_tokenizer(run)
+def stopped(*_, **__):
+    raise KeyboardInterrupt

@@ -68,12 +68,16 @@ def check(run: Run, stage: Stage) -> dict:
         if pending:
             key = hashlib.sha256(json.dumps([basis, pending]).encode()).hexdigest()[:16]
             work = folder / ".overlap" / key
-            rows = measure(pending, texts, files["train"], work, settings.ngram, run.params.data.workers)
+            with stage.measuring():
+                rows = measure(pending, texts, files["train"], work, settings.ngram, run.params.data.workers)
             checked += zip(pending, rows, strict=True)
             write_json(path, {"basis": basis, "sets": [{"set": item, "row": row} for item, row in checked]})
             shutil.rmtree(folder / ".overlap", ignore_errors=True)
     rows = [next(row for item, row in checked if item == wanted) for wanted in sets]
-    return {"ngram": settings.ngram, "sets": rows}
+    found = {"ngram": settings.ngram, "sets": rows}
+    if stage.metrics().get("overlap") != found:
+        stage.add_metrics(overlap=found)
+    return found
 
 
 def measure(

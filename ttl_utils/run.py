@@ -311,6 +311,14 @@ class Stage:
         self.run.gather_metrics()
         self.run.record()
 
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Energy of work on a finished stage: reports that are made when they are asked for."""
+        from ttl_utils.carbon import track
+
+        with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon):
+            yield
+
     def add_metrics(self, **more: Any) -> None:
         """Figures of a finished stage that were measured after it."""
         write_json(self.folder / "metrics.json", self.metrics() | more)

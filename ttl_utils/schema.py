@@ -412,9 +412,7 @@ class Parameters(BaseModel):
         context = self.model.max_position_embeddings
         block = self.pretraining.block_size or context
         if block > context:
-            raise ValueError(
-                f"pretraining.block_size {block} is longer than model.max_position_embeddings {context}"
-            )
+            raise ValueError(f"pretraining.block_size {block} is longer than model.max_position_embeddings {context}")
         for name, length in (("pretraining", block), ("chat", context)):
             section = getattr(self, name)
             micro = section.per_device_train_batch_size * length

@@ -63,7 +63,7 @@ def compare(run: Run) -> dict:
         rows: `table_1`, `algorithms` (what each trained tokenizer is), `domains`; and `missing`, reasons by name.
     """
     corpus, stage = run.need("01_data"), run.need("02_tokenizer")
-    settings, seed = run.params.tokenizer, run.params.seed
+    settings = run.params.tokenizer
     wanted = settings.comparison
     report = stage.folder / "reports" / "comparison.json"
     training_key = _training_key(run, corpus)
@@ -71,6 +71,15 @@ def compare(run: Run) -> dict:
     key = {"training": training_key, "ours": ours_key, "words": settings.efficiency_words, **wanted.model_dump()}
     if report.is_file() and (known := read_json(report))["key"] == key and not _answers(run, known["missing"]):
         return known
+    with stage.measuring():
+        result = {"key": key, **_measured(run, corpus, stage, training_key)}
+    write_json(report, result)
+    stage.add_metrics(comparison={name: result[name] for name in ("table_1", "domains", "missing")})
+    return result
+
+
+def _measured(run: Run, corpus: Stage, stage: Stage, training_key: dict) -> dict:
+    settings, wanted = run.params.tokenizer, run.params.tokenizer.comparison
     others = {name: _attempt(load, name) for name in wanted.tokenizers}
     trained, algorithms = _train(run, corpus, stage.folder / "comparison", training_key)
     ours = _ours(stage)
@@ -89,15 +98,14 @@ def compare(run: Run) -> dict:
     first = first_words(
         (row["text"] for row in documents(corpus, "corpus", "test", ["text"])), settings.efficiency_words
     )
-    result = {
-        "key": key,
+    return {
         "table_1": table_1(ours, others, first),
         "algorithms": algorithms,
-        "domains": [row for name, counts in measured.items() for row in domain_rows(name, encoders, counts, seed)],
+        "domains": [
+            row for name, counts in measured.items() for row in domain_rows(name, encoders, counts, run.params.seed)
+        ],
         "missing": missing,
     }
-    write_json(report, result)
-    return result
 
 
 def efficiency_table(result: dict) -> pd.DataFrame:
