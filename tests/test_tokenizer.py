@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny import sentence
+from ttl_utils import hub
 from ttl_utils import tokenizer as module
 from ttl_utils.cleaning import clean
 from ttl_utils.corpus import documents
@@ -377,9 +378,14 @@ def test_characters_without_a_piece_are_counted_as_unknown(done, tiny_prepared, 
     form = json.loads((folder / "tokenizer.json").read_text())
     names = {name: f"unused{index}" for name, index in form["model"]["vocab"].items() if re.match("<0x..>", name)}
     form["model"]["vocab"] = {names.get(name, name): index for name, index in form["model"]["vocab"].items()}
-    form["model"]["unk_token"] = "<unk>"
     (folder / "tokenizer.json").write_text(json.dumps(form))
+    # as it stands, transformers leaves such a character out
+    assert load_tokenizer(folder)("a日b", add_special_tokens=False)["input_ids"] == [
+        *load_tokenizer(folder).convert_tokens_to_ids(["▁a", "b"])
+    ]
     stage = imported(tiny_prepared, folder)
+    opened = load_tokenizer(stage.folder)
+    assert UNK in opened("a日b")["input_ids"] and opened.pad_token == "<pad>" and len(opened) == 512
     metrics, trained = stage.metrics(), done.metrics()
     assert metrics["byte_fallback_share"] == 0 < trained["byte_fallback_share"]
     ids = np.concatenate([np.fromfile(path, dtype="<u2") for path in stage.files("tokens") if path.suffix == ".bin"])
@@ -416,7 +422,7 @@ def test_a_tokenizer_of_the_hub_is_known_by_its_commit(done, tiny_prepared, tmp_
         asked.append((name, options["revision"]))
         return str(snapshot / "0f1e")
 
-    monkeypatch.setattr(module.hub, "model_folder", lambda name, revision: name)
+    monkeypatch.setattr(hub, "model_folder", lambda name, revision: name)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     stage = imported(tiny_prepared, "a/b", revision="v1")
     assert asked == [("a/b", "v1")] and stage.metrics()["imported"]["commit"] == "0f1e"

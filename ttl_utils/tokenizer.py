@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,22 +13,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import sentencepiece as spm
 
-from ttl_utils import hub
 from ttl_utils.cleaning import is_held_out
 from ttl_utils.corpus import documents
-from ttl_utils.encoding import Codec, plain_ids
-from ttl_utils.errors import SourceError, TTLError
+from ttl_utils.encoding import Codec
+from ttl_utils.errors import TTLError
 from ttl_utils.files import read_json, sha256, write_json, write_text
-from ttl_utils.packing import PLAIN_CHARACTERS, batches, first_difference, pack_texts, pack_tokens
+from ttl_utils.packing import pack_texts, pack_tokens
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Tokenizer
+from ttl_utils.tokenizer_import import TOKENIZER_FILES, prepare_import, write_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SIDES = ("train", "test")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
 CONFIG = {
     "tokenizer_class": "LlamaTokenizer",
@@ -103,16 +101,10 @@ def write_llama_folder(model: bytes, folder: Path, context: int) -> PreTrainedTo
 
     write_text(folder / "tokenizer_config.json", json.dumps({**CONFIG, "model_max_length": context}))
     (folder / "tokenizer.json").unlink(missing_ok=True)
-    _write_bytes(folder / "tokenizer.model", model)
+    write_bytes(folder / "tokenizer.model", model)
     # loading converts tokenizer.model; saving writes the conversion as tokenizer.json
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def sample_texts(stage: Stage, seed: int, samples: int, available: int) -> Iterator[str]:
@@ -137,7 +129,7 @@ def train_tokenizer(corpus: Stage, stage: Stage, seed: int, context: int, availa
         with Progress("lines for the tokenizer", None, stage.folder / "status.json") as progress:
             lines = _counted(training_lines(_counting(texts, read), settings.max_sentence_length), read, progress)
             model = train_sentencepiece(lines, settings)
-        _write_bytes(path, model)
+        write_bytes(path, model)
         write_json(record, {"sha256": sha256(path), "read": read})
     tokenizer = write_llama_folder(model, stage.folder, context)
     return Codec(tokenizer, model), read
@@ -155,104 +147,6 @@ def _counted(lines: Iterable[str], read: dict, progress: Progress) -> Iterator[s
         read["characters"] += len(line)
         progress.update(read["lines"])
         yield line
-
-
-def import_tokenizer(settings: Tokenizer, folder: Path, context: int) -> dict:
-    """Save the named tokenizer (a folder, or a hub id) in `folder`; returns where it is from.
-
-    As every later stage expects, an encoding begins with the token of the beginning, and there is a token to pad
-    with: where there was none it is the unknown or the end token, so that the vocabulary stays as it was.
-
-    Raises:
-        SourceError: it cannot be had, or is not a tokenizer.
-        TTLError: it is not one that the stages can use.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError
-    from transformers import AutoTokenizer
-
-    name = settings.source
-    where = hub.model_folder(name, settings.revision)
-    try:
-        if isinstance(where, str):
-            wanted = ["*.json", "*.model", "*.txt"]
-            where = Path(snapshot_download(where, revision=settings.revision, allow_patterns=wanted))
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except (OSError, HTTPError, ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(f"tokenizer.source {name!r} does not open as a tokenizer: {reason}") from error
-    _check_usable(tokenizer, settings)
-    tokenizer.add_bos_token, tokenizer.add_eos_token = True, False
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        print(f"tokenizer: no token to pad with, so {tokenizer.pad_token} is")
-    # stage 05 gives a template of its own
-    tokenizer.model_max_length, tokenizer.chat_template = context, None
-    tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.model").unlink(missing_ok=True)
-    files = {file: where / file for file in TOKENIZER_FILES if (where / file).is_file()}
-    if "tokenizer.model" in files:
-        _write_bytes(folder / "tokenizer.model", files["tokenizer.model"].read_bytes())
-    opened = load_tokenizer(folder)
-    if opened("a")["input_ids"] != [opened.bos_token_id, *plain_ids(opened, ["a"])[0]]:
-        raise TTLError(f"tokenizer.source {name!r}: its encodings cannot be made to begin with {opened.bos_token}")
-    # the hub's cache keeps a commit's files in a folder of its name
-    commit = where.name if where.parent.name == "snapshots" else None
-    return {"name": name, "commit": commit, "sha256": {file: sha256(path) for file, path in files.items()}}
-
-
-def _check_usable(tokenizer: PreTrainedTokenizerBase, settings: Tokenizer) -> None:
-    place = f"tokenizer.source {settings.source!r}"
-    if not tokenizer.is_fast:
-        raise TTLError(f"{place} has no fast form (tokenizer.json): save one with transformers, and give its folder")
-    missing = [kind for kind in ("bos_token", "eos_token") if getattr(tokenizer, kind) is None]
-    if missing:
-        raise TTLError(
-            f"{place} has no {' and no '.join(missing)}, which documents begin and end with: choose another one"
-        )
-    if len(tokenizer) > 2**16:
-        raise TTLError(f"{place} has {len(tokenizer):,} pieces; tokens are stored in 16 bits, for at most {2**16:,}")
-    if len(tokenizer) != settings.vocab_size:
-        raise TTLError(
-            f"{place} has {len(tokenizer):,} pieces, and tokenizer.vocab_size is {settings.vocab_size:,}: "
-            f"set tokenizer.vocab_size to {len(tokenizer)}"
-        )
-
-
-def prepare_import(corpus: Stage, stage: Stage, context: int) -> tuple[Codec, dict]:
-    """The imported tokenizer and where it is from.
-
-    SentencePiece, which is faster, encodes where the source has its model and both forms agree on the first
-    `parity_documents`; the form that users load is the reference, so otherwise (or where all are to be compared) it
-    encodes itself.
-    """
-    settings, record = stage.run.params.tokenizer, stage.folder / "import.json"
-    model = stage.folder / "tokenizer.model"
-    if not record.is_file():
-        found = import_tokenizer(settings, stage.folder, context)
-        compared = 0
-        if settings.parity_documents and not settings.tokens and _is_sentencepiece(model):
-            codec = Codec(load_tokenizer(stage.folder), model.read_bytes())
-            texts = (row["text"] for row in documents(corpus, "corpus", "train", ["text"]))
-            for batch in batches(islice(texts, settings.parity_documents), PLAIN_CHARACTERS):
-                if place := first_difference(codec, batch):
-                    print(f"tokenizer: its two forms differ at {place}, so the Hugging Face form encodes")
-                    compared = 0
-                    break
-                compared += len(batch)
-        encoder = "SentencePiece" if compared else "Hugging Face"
-        write_json(record, {**found, "encoder": encoder, "parity_documents": compared})
-    found = read_json(record)
-    used = model.read_bytes() if found["encoder"] == "SentencePiece" else None
-    return Codec(load_tokenizer(stage.folder), used), found
-
-
-def _is_sentencepiece(path: Path) -> bool:
-    try:
-        return path.is_file() and bool(spm.SentencePieceProcessor(model_file=str(path)))
-    except (OSError, RuntimeError):
-        # a file of that name in another format
-        return False
 
 
 def count_efficiency(codec: Codec, texts: Iterable[str], words: int) -> dict:

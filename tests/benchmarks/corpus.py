@@ -28,7 +28,7 @@ STEPS = ("read and judge", "mark", "write", "hash", "train the tokenizer", "enco
 
 SCRIPT = """
 import json, sys, time
-from ttl_utils import corpus, duplicates, packing, run as runs, tokenizer
+from ttl_utils import corpus, run as runs, tokenizer
 from ttl_utils.params import load_params
 from ttl_utils.run import Run
 
@@ -48,7 +48,7 @@ timed(corpus, "_mark", "mark")
 timed(corpus, "_write", "write")
 timed(runs, "sha256", "hash")
 timed(tokenizer, "train_sentencepiece", "train the tokenizer")
-timed(packing, "pack", "encode and pack")
+timed(tokenizer, "pack_texts", "encode and pack")
 if __name__ == "__main__":
     run = Run(load_params(json.loads(sys.argv[1])))
     start = time.perf_counter()
@@ -82,7 +82,8 @@ def overrides(folder: Path, workers: int | None) -> dict:
     sources = [{**source, "files": [str(folder / "*.jsonl")], "columns": ["text"]}]
     return {
         "size": "160m",
-        "data": {"sources": sources, "collection": None, "toxicity": None, "workers": workers},
+        "data": {"sources": sources, "collection": None, "workers": workers},
+        "evaluation": {"downstream": []},
         "tokenizer": {"train_samples": 5000, "vocab_size": 8000},
     }
 
