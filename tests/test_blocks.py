@@ -28,7 +28,7 @@ def write(folder, documents, shard_tokens=10, side="train"):
 def test_blocks_are_a_plain_list_cut_up(tmp_path_factory, documents, shard_tokens, block_size, data):
     writer, paths = write(tmp_path_factory.mktemp("tokens"), documents, shard_tokens)
     tokens = [index for ids in documents for index in ids]
-    assert (writer.tokens, writer.documents) == (len(tokens), len(documents))
+    assert writer.totals == {"tokens": len(tokens), "documents": len(documents)}
     # in whatever order the paths come
     blocks = TokenBlocks(data.draw(st.permutations(paths)), block_size)
     assert blocks.tokens == len(tokens) and len(blocks) == len(tokens) // block_size
@@ -91,6 +91,74 @@ def test_an_empty_corpus_has_no_block(tmp_path):
     # documents without a token make a file of no bytes
     blocks = TokenBlocks(write(tmp_path, [[], []])[1], 4)
     assert blocks.tokens == 0
+
+
+# documents
+
+
+NAMED = st.lists(st.lists(st.integers(0, 65_535), min_size=1, max_size=12), min_size=1, max_size=12)
+
+
+@given(NAMED, st.integers(1, 30), st.integers(1, 9))
+@settings(max_examples=200, deadline=None)
+def test_documents_are_read_by_their_index(tmp_path_factory, documents, shard_tokens, block_size):
+    _, paths = write(tmp_path_factory.mktemp("tokens"), documents, shard_tokens)
+    blocks = TokenBlocks(paths, block_size)
+    assert blocks.documents == len(documents)
+    assert [blocks.document(n).tolist() for n in range(len(documents))] == documents
+    for outside in (-1, len(documents)):
+        with pytest.raises(IndexError, match=f"document {outside} of {len(documents)}"):
+            blocks.document(outside)
+    # the place of a token in its document, or in its block where the document began before
+    places = [n for ids in documents for n in range(len(ids))]
+    for index in range(len(blocks)):
+        first = index * block_size
+        expected = [min(place, n) for n, place in enumerate(places[first : first + block_size])]
+        assert blocks.positions([index]).tolist() == [expected]
+    if len(blocks):
+        order = [len(blocks) - 1, 0]
+        assert blocks.positions(order).tolist() == [blocks.positions([n])[0].tolist() for n in order]
+
+
+@given(NAMED, st.integers(1, 30), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_document_may_run_over_the_end_of_a_file(tmp_path_factory, documents, shard_tokens, data):
+    """As in published tokens, whose rows are cut anywhere."""
+    writer = TokenWriter(tmp_path_factory.mktemp("tokens"), "train", shard_tokens)
+    ids = [index for document in documents for index in document]
+    starts = np.cumsum([0, *map(len, documents[:-1])])
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(ids)), max_size=6)) | {0, len(ids)})
+    for one, other in zip(cuts, cuts[1:], strict=False):
+        writer.add(ids[one:other], [n - one for n in starts if one <= n < other])
+    blocks = TokenBlocks(writer.close(), 3)
+    assert [blocks.document(n).tolist() for n in range(blocks.documents)] == documents
+
+
+def test_starts_that_are_missing_or_damaged_are_named(tmp_path):
+    _, paths = write(tmp_path, [[1, 2, 3], [4, 5], [6]], shard_tokens=4)
+    starts = paths[1]
+    whole = starts.read_bytes()
+    # they are read when they are asked for: whole rows need none
+    for damage, message in [
+        (None, "is missing: it says where documents begin; make stage 02 again"),
+        (b"", "is damaged"),
+        (whole[:100], "is damaged"),
+        (whole[:-8], "is damaged"),
+        (b"no starts, but just as many bytes".ljust(len(whole)), "is damaged"),
+        (whole[:-8] + b"\x09".ljust(8, b"\0"), "does not belong to the 5 tokens beside it"),
+    ]:
+        if damage is None:
+            starts.unlink()
+        else:
+            starts.write_bytes(damage)
+        blocks = TokenBlocks(paths, 2)
+        assert blocks.block(0).tolist() == [1, 2]
+        with pytest.raises(DamagedFile, match=rf"train-00000\.starts\.npy {message}"):
+            blocks.document(0)
+        with pytest.raises(DamagedFile, match=rf"train-00000\.starts\.npy {message}"):
+            blocks.positions([0])
+    starts.write_bytes(whole)
+    assert TokenBlocks(paths, 2).document(1).tolist() == [4, 5]
 
 
 # the order

@@ -10,7 +10,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u200b-\u20
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _MASK = re.compile(r"\[(?:usuário|link|e-mail|id|CPF|telefone)\]")
-_WORD = re.compile(r"\w+")
+_WORD, _DIGIT = re.compile(r"\w+"), re.compile(r"\d")
 
 
 def clean(text: str) -> str:
@@ -24,7 +24,7 @@ def clean(text: str) -> str:
 def unit_key(text: str) -> str:
     """What two texts share when they differ only in case, digits, masks, spaces and punctuation."""
     text = unicodedata.normalize("NFKC", _MASK.sub(" ", text)).lower()
-    words = [re.sub(r"\d", "0", word) for word in _WORD.findall(text)]
+    words = _WORD.findall(_DIGIT.sub("0", text))
     return " ".join(words[1:] if words[:1] == ["rt"] else words)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TOGETHER = 128
 # how SentencePiece writes a space
 _SPACE = "\u2581"
+_PROBE = "\u00a0\u3000\t\n\u200b\u00ad\ufb01\u2026\u00b2e\u0301"
 
 
 class Words:
@@ -39,6 +40,8 @@ class Words:
         space = spaces[: len(spaces) // 2]
         self.apart = len(space) == 1 and not any(_SPACE in piece[1:] for piece in pieces)
         self.apart &= self.processor.encode("a a  a") == [*one, *one, *space, *one]
+        # nothing but spaces is written otherwise: no character becomes a space, or goes
+        self.apart &= self.processor.normalize(_PROBE) == _SPACE + _PROBE
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The ids of the texts one after another (16 bits), and how many each text has."""
@@ -47,14 +50,13 @@ class Words:
         words = pc.split_pattern(pa.array(texts), " ")
         coded = words.flatten().dictionary_encode()
         which = coded.indices.to_numpy()
-        # cut where pieces begin with a space
         new = coded.dictionary.to_pylist()
         lines = [" ".join(new[n : n + TOGETHER]) for n in range(0, len(new), TOGETHER)]
+        if not all(lines) or any(_SPACE in line for line in lines):
+            # nothing to cut at, or the mark of a space in a text
+            return self._whole(texts)
         different = np.concatenate(self.processor.encode(lines, num_threads=os.cpu_count() or 1, return_type="numpy"))
         begins = np.flatnonzero(self.begins[different])
-        if len(begins) != len(new):
-            # the mark of a space stands in a text as itself
-            return self._whole(texts)
         sizes = np.diff(begins, append=len(different))
         ends = np.cumsum(sizes[which])
         # the place of each id: that of its word's first, and its own within the word

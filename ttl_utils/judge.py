@@ -19,7 +19,7 @@ from ttl_utils.words import word_codes
 
 SIDES = ("train", "test")
 # documents of the hub and of files that begin with the same words are on one side: copies, cuts, a conversation as text
-UNIT_WORDS, UNIT_CHARACTERS = 12, 4096
+UNIT_WORDS = 12
 ROLES = ("user", "assistant")
 
 
@@ -128,10 +128,10 @@ class Judge:
     def _add(
         self, source: Source, part: Part, row: dict, text: str, turns: list[str], codes: np.ndarray, batch: Batch
     ) -> None:
-        unit = row.get("unit")
+        key, unit = unit_key(text), row.get("unit")
         # an empty unit (a tweet without one word) is a unit too: all that is made from it is on one side
         if unit is None:
-            unit = " ".join(unit_key(text[:UNIT_CHARACTERS]).split()[:UNIT_WORDS])
+            unit = " ".join(key.split(maxsplit=UNIT_WORDS)[:UNIT_WORDS])
         document: dict[str, Any] = {
             "text": text,
             "source": source.name,
@@ -147,7 +147,7 @@ class Judge:
             document["label"] = row["label"]
         batch.rows.append(document)
         batch.digests.append(np.frombuffer(digest(f"{source.use}\n{text}"), "<u8"))
-        batch.keys.append(int.from_bytes(digest(unit_key(text))[:8], "little"))
+        batch.keys.append(int.from_bytes(digest(key)[:8], "little"))
         looked_for = source.use == "corpus" and self.data.filters[part.filter].near_duplicates
         batch.bands.append(duplicates.band_hashes(codes, self.data.near_duplicates) if looked_for else self.no_bands)
 
