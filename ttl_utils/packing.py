@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ BATCH_CHARACTERS = 2**22
 # where the Hugging Face form encodes, which takes more memory for a token
 PLAIN_CHARACTERS = 2**20
 BATCH_ROWS = 512
+LICENCE = "licence "
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -92,10 +94,16 @@ def pack_texts(corpus: Stage, stage: Stage, codec: Codec, settings: Tokenizer, s
     tokenizer, fallback = codec.tokenizer, byte_pieces(codec.tokenizer)
     eos = tokenizer.eos_token_id if settings.append_eos else None
     with Progress(f"{side} documents to tokens", total, stage.folder / "status.json", done=done) as progress:
-        texts = (row["text"] for row in documents(corpus, "corpus", side, ["text"], skip=done))
+        licences: deque[str] = deque()
+
+        def read() -> Iterator[str]:
+            for row in documents(corpus, "corpus", side, ["text", "licence"], skip=done):
+                licences.append(row["licence"])
+                yield row["text"]
+
         # a file ends with a batch: small files, small batches
         most = BATCH_CHARACTERS if codec.model else PLAIN_CHARACTERS
-        for batch in batches(texts, min(most, settings.shard_tokens)):
+        for batch in batches(read(), min(most, settings.shard_tokens)):
             compared = 0
             # an imported tokenizer was compared before
             if not settings.source:
@@ -113,6 +121,10 @@ def pack_texts(corpus: Stage, stage: Stage, codec: Codec, settings: Tokenizer, s
                 "unknown_tokens": int(np.count_nonzero(ids == tokenizer.unk_token_id)),
                 "parity_documents": compared,
             }
+            # what a permissive corpus would cost: control tokens are not counted
+            for length in lengths.tolist():
+                name = f"{LICENCE}{licences.popleft()}"
+                counts[name] = counts.get(name, 0) + length
             writer.add(ids, starts, counts)
             progress.update(writer.totals["documents"])
     return {"paths": writer.close(), **writer.totals}

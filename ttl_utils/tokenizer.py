@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -18,7 +19,8 @@ from ttl_utils.corpus import documents
 from ttl_utils.encoding import Codec
 from ttl_utils.errors import TTLError
 from ttl_utils.files import read_json, sha256, write_json, write_text
-from ttl_utils.packing import pack_texts, pack_tokens
+from ttl_utils.licences import look_up
+from ttl_utils.packing import LICENCE, pack_texts, pack_tokens
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Tokenizer
@@ -233,8 +235,21 @@ def _metrics(codec: Codec, sides: dict) -> dict:
         "parity": {"documents": total("parity_documents"), "differences": 0},
         "byte_fallback_share": total("byte_tokens") / tokens if tokens else None,
         "unknown_share": total("unknown_tokens") / tokens if tokens else None,
+        "tokens_by_licence": _by_licence(sides),
         "published_tokens": {side: found["version"] for side, found in sides.items() if "version" in found} or None,
     }
+
+
+def _by_licence(sides: dict) -> list[dict]:
+    """Tokens of text, control tokens aside, by licence, with what it lets a model be used for."""
+    found: Counter = Counter()
+    for side in sides.values():
+        found.update({name: count for name, count in side.items() if name.startswith(LICENCE)})
+    return [
+        {"licence": (licence := name.removeprefix(LICENCE)), "tokens": count, "share": count / found.total()}
+        | {"model_use": look_up(licence).model_use}
+        for name, count in sorted(found.items())
+    ]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
