@@ -168,7 +168,7 @@ def style(df: pd.DataFrame) -> Styler:
     for column in numbers:
         whole = bool((df[column].dropna() % 1 == 0).all())
         formats[column] = _percent if column == "difference" else partial(_number, whole=whole)
-    styler = df.style.hide(axis="index").format(formats).format(None, subset=words, escape="html")
+    styler = df.style.hide(axis="index").format(formats).format(None, subset=words, escape="html", na_rep="–")
     sides = {column: "right" if column in numbers else "left" for column in df.columns}
     for column, side in sides.items():
         styler = styler.set_properties(subset=[column], **{"text-align": side})

@@ -34,9 +34,11 @@ BLOCK = 2048
 def write_corpus(folder: Path, texts: list[str]) -> SimpleNamespace:
     """Stage 01 as far as packing reads it."""
     path = folder / "train-00000.parquet"
-    with pq.ParquetWriter(path, pa.schema([("text", pa.string())]), compression="zstd") as writer:
+    schema = pa.schema([("text", pa.string()), ("licence", pa.string())])
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for start in range(0, len(texts), 1024):
-            writer.write_table(pa.table({"text": texts[start : start + 1024]}))
+            part = texts[start : start + 1024]
+            writer.write_table(pa.table({"text": part, "licence": ["none"] * len(part)}, schema))
     return SimpleNamespace(files=lambda use: [path])
 
 
@@ -54,7 +56,7 @@ def usual_way(path: Path, tokenizer, folder: Path, processes: int):
     # one process: the tokenizer's own threads share the machine's cores
     spread = {"num_proc": processes} if processes > 1 else {}
     data = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(folder))
-    data = data.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns=["text"], **spread)
+    data = data.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns=["text", "licence"], **spread)
     data.map(group, batched=True, **spread)
     return data
 
