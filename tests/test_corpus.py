@@ -17,10 +17,10 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from tests.tiny import CONVERSATIONS, TWEETS, write_wheel
 from ttl_utils import corpus, hub, wheels
+from ttl_utils.cleaning import unit_key
 from ttl_utils.corpus import SCHEMAS, SIDES, ShardWriter, documents, prepare_corpus
 from ttl_utils.errors import MissingStage, SourceError
 from ttl_utils.files import sha256
-from ttl_utils.cleaning import unit_key
 from ttl_utils.params import read_file
 
 pytestmark = pytest.mark.usefixtures("no_energy")
@@ -335,7 +335,9 @@ def test_a_mirror_takes_the_hubs_place(hub_run, mirror, monkeypatch):
     kinds = Counter(row["kind"] for use, _, row in read_all(stage) if use == "corpus")
     assert kinds == {"plain": 30, "instruction": 30}
     assert 0.3 < stage.metrics()["instruction_share"] < 0.7
-    assert {row["licence"] for use, _, row in read_all(stage) if use == "corpus"} == {big_sources()[0]["licence"]}
+    licences = {row["origin"]: row["licence"] for use, _, row in read_all(stage) if use == "corpus"}
+    assert licences["source: Instruct-PTBR"] == "Llama 2" and licences["source: gpt4all-j"] == "Apache-2.0"
+    assert licences["source: crawl"] == big_sources()[0]["licence"]
     assert (chat["documents_in"], chat["documents_kept"]) == (43, 41)
     assert chat["rejected"] == {"turns do not alternate": 2}
     kept = [row["messages"] for use, _, row in read_all(stage) if use == "chat"]

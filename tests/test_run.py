@@ -24,7 +24,7 @@ from ttl_utils.files import read_json, write_json, write_text
 from ttl_utils.params import Params, load_params, project_root
 from ttl_utils.progress import Progress, clock
 from ttl_utils.run import STAGES, Run, Stage, outputs_folder
-from ttl_utils.schema import Origin, SECTIONS
+from ttl_utils.schema import SECTIONS, Origin
 
 THIS, OTHER = "a" * 40, "b" * 40
 NANO = load_params({})

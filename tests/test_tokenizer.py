@@ -226,10 +226,10 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_named(tiny_run, size, lines,
 def test_sampled_texts_are_spread_and_the_same_each_time(tiny_done):
     corpus = tiny_done.stage("01_data")
     texts = texts_of(tiny_done, "train")
-    assert list(sample_texts(corpus, 42, len(texts), len(texts))) == texts
-    some = list(sample_texts(corpus, 42, 300, len(texts)))
-    assert some == list(sample_texts(corpus, 42, 300, len(texts)))
-    assert some != list(sample_texts(corpus, 43, 300, len(texts)))
+    assert list(sample_texts(corpus, 42, 1.0)) == texts
+    some = list(sample_texts(corpus, 42, 300 / len(texts)))
+    assert some == list(sample_texts(corpus, 42, 300 / len(texts)))
+    assert some != list(sample_texts(corpus, 43, 300 / len(texts)))
     assert abs(len(some) - 300) < 6 * (300 * (1 - 300 / len(texts))) ** 0.5
     # as many from the first half as from the second
     places = [texts.index(text) for text in some]

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from tests.tiny import COLUMNS, PETROGOLD_SENTENCES, TWEETS, conllu, table, wheel_files, write_wheel
 from ttl_utils import grouping, wheels
+from ttl_utils.cleaning import unit_key
 from ttl_utils.errors import SourceError
 from ttl_utils.files import sha256
-from ttl_utils.cleaning import unit_key
 from ttl_utils.privacy import mask
 from ttl_utils.schema import Source
 

@@ -272,7 +272,8 @@ def _write_part(path: Path, judged: list[Batch], record: dict) -> None:
     bands = [item for batch in judged for item in batch.bands]
     keys = [item for batch in judged for item in batch.keys]
     counts: Counter = sum((batch.counts for batch in judged), Counter())
-    pq.write_table(pa.Table.from_pylist(rows, PART_SCHEMA), path.with_suffix(".parquet"), compression="zstd")
+    table = pa.Table.from_pylist(rows, PART_SCHEMA)
+    pq.write_table(table, path.with_suffix(".parquet"), row_group_size=4096, compression="zstd")
     np.save(path.with_suffix(".digests.npy"), np.array(digests, "<u8").reshape(-1, 2))
     np.save(path.with_suffix(".bands.npy"), np.array(bands, "<u8").T.copy())
     np.save(path.with_suffix(".keys.npy"), np.array(keys, "<u8"))
@@ -426,7 +427,9 @@ def _rows(paths: list[Path], columns: list[str] | None, skip: int = 0) -> Iterat
             if skip >= file.metadata.num_rows:
                 skip -= file.metadata.num_rows
                 continue
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                taken = batch.slice(min(skip, batch.num_rows))
-                skip -= batch.num_rows - taken.num_rows
-                yield from taken.to_pylist()
+            # a row group is a few megabytes of text, however long its documents are
+            for group in range(file.num_row_groups):
+                taken = file.read_row_group(group, columns=columns).slice(skip)
+                skip = max(0, skip - file.metadata.row_group(group).num_rows)
+                for batch in taken.to_batches(max_chunksize=1024):
+                    yield from batch.to_pylist()

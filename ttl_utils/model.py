@@ -30,13 +30,14 @@ def count_parameters(model: Model, vocab_size: int) -> int:
     return sum(parameters_by_part(model, vocab_size).values())
 
 
-def flops_per_token(model: Model, vocab_size: int) -> dict[str, float]:
+def flops_per_token(model: Model, vocab_size: int, block_size: int | None = None) -> dict[str, float]:
     """Training FLOPs per token: the usual convention, 6N + 12 layers x hidden x context, and what is executed.
 
     The convention counts the input embedding, a look-up, and the masked half of attention.
     """
     count = count_parameters(model, vocab_size)
-    attention = model.num_hidden_layers * model.hidden_size * model.max_position_embeddings
+    # of rows shorter than the context, where they are
+    attention = model.num_hidden_layers * model.hidden_size * (block_size or model.max_position_embeddings)
     looked_up = 0 if model.tie_word_embeddings else vocab_size * model.hidden_size
     return {
         "convention": 6.0 * count + 12.0 * attention,

@@ -118,7 +118,7 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
             return {
                 "validation_loss": round(found["loss"], 6),
                 "perplexity": round(found["perplexity"], 4),
-                "bits_per_byte": round(found["bits_per_byte"], 6),
+                "bits_per_byte": found["bits_per_byte"] and round(found["bits_per_byte"], 6),
             }
 
         records = train(
@@ -156,7 +156,7 @@ def _metrics(
     evaluated = [row for row in records if "validation_loss" in row]
     speeds = sorted(row["tokens_per_second"] for row in logged)
     seen, unique = records[-1]["tokens"], len(blocks) * blocks.block_size
-    flops = flops_per_token(model, len(tokenizer))
+    flops = flops_per_token(model, len(tokenizer), blocks.block_size)
     return {
         "parameters": count_parameters(model, len(tokenizer)),
         "steps": settings.max_steps,

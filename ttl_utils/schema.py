@@ -256,6 +256,7 @@ class Tokenizer(Section):
     tokens: Tokens | None
     vocab_size: Annotated[int, Field(ge=300, le=65_000)]
     train_samples: Positive
+    train_characters: Positive
     character_coverage: Share
     max_sentence_length: Positive
     split_digits: bool

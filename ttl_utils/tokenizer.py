@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -18,13 +19,13 @@ from ttl_utils.cleaning import is_held_out
 from ttl_utils.corpus import documents
 from ttl_utils.encoding import Codec
 from ttl_utils.errors import TTLError
-from ttl_utils.files import read_json, sha256, write_json, write_text
+from ttl_utils.files import read_json, sha256, write_bytes, write_json, write_text
 from ttl_utils.licences import look_up
 from ttl_utils.packing import LICENCE, pack_texts, pack_tokens
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Tokenizer
-from ttl_utils.tokenizer_import import TOKENIZER_FILES, prepare_import, write_bytes
+from ttl_utils.tokenizer_import import TOKENIZER_FILES, prepare_import
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -109,15 +110,22 @@ def write_llama_folder(model: bytes, folder: Path, context: int) -> PreTrainedTo
     return AutoTokenizer.from_pretrained(folder)
 
 
-def sample_texts(stage: Stage, seed: int, samples: int, available: int) -> Iterator[str]:
-    """About `samples` training documents, spread over the whole corpus, the same ones at every run."""
-    share = samples / available if available else 1.0
+def sample_share(corpus: Stage, samples: int, characters: float = math.inf) -> float:
+    """The share of the training documents that is about `samples` of them, or about as many `characters` if fewer."""
+    reports = [report for report in corpus.metrics()["sources"] if report["use"] == "corpus"]
+    limits = ((samples, "train_documents"), (characters, "train_characters"))
+    there = {name: sum(report[name] for report in reports) for _, name in limits}
+    return min([1.0, *(limit / there[name] for limit, name in limits if there[name])])
+
+
+def sample_texts(stage: Stage, seed: int, share: float) -> Iterator[str]:
+    """About this share of the training documents, spread over the whole corpus, the same ones at every run."""
     for number, row in enumerate(documents(stage, "corpus", "train", ["text"])):
         if share >= 1 or is_held_out(f"tokenizer {number}", seed, share):
             yield row["text"]
 
 
-def train_tokenizer(corpus: Stage, stage: Stage, seed: int, context: int, available: int) -> tuple[Codec, dict]:
+def train_tokenizer(corpus: Stage, stage: Stage, seed: int, context: int) -> tuple[Codec, dict]:
     """The stage's own tokenizer and what it was trained on; trained once, however often the stage is stopped."""
     settings = stage.run.params.tokenizer
     path, record = stage.folder / "tokenizer.model", stage.folder / "training.json"
@@ -127,7 +135,9 @@ def train_tokenizer(corpus: Stage, stage: Stage, seed: int, context: int, availa
         model, read = path.read_bytes(), found["read"]
     else:
         read = {"documents": 0, "lines": 0, "characters": 0}
-        texts = sample_texts(corpus, seed, settings.train_samples, available)
+        # SentencePiece holds its lines in memory, 4 to 8 bytes for each of text
+        share = sample_share(corpus, settings.train_samples, settings.train_characters)
+        texts = sample_texts(corpus, seed, share)
         with Progress("lines for the tokenizer", None, stage.folder / "status.json") as progress:
             lines = _counted(training_lines(_counting(texts, read), settings.max_sentence_length), read, progress)
             model = train_sentencepiece(lines, settings)
@@ -191,7 +201,7 @@ def prepare_tokenizer(run: Run) -> Stage:
         if settings.source:
             codec, imported = prepare_import(corpus, stage, context)
         else:
-            codec, read = train_tokenizer(corpus, stage, run.params.seed, context, available["train"])
+            codec, read = train_tokenizer(corpus, stage, run.params.seed, context)
         if settings.tokens:
             sides = {side: pack_tokens(stage, codec, settings, side) for side in SIDES}
         else:

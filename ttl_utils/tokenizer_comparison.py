@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -33,11 +32,11 @@ from ttl_utils.cleaning import clean
 from ttl_utils.corpus import documents
 from ttl_utils.encoders import SPECIAL, Encoder, from_sentencepiece, from_transformers, load, train_wordpiece
 from ttl_utils.errors import TTLError
-from ttl_utils.files import read_json, write_json
+from ttl_utils.files import read_json, write_bytes, write_json
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import TextSet
-from ttl_utils.tokenizer import sample_texts, train_sentencepiece, training_lines
+from ttl_utils.tokenizer import sample_share, sample_texts, train_sentencepiece, training_lines
 
 BATCH, MOST_ORIGINS = 256, 20
 # hub ids of table 1's rows
@@ -180,54 +179,42 @@ def _train(run: Run, corpus: Stage, folder: Path, key: dict) -> tuple[list[Encod
     from transformers import PreTrainedTokenizerFast
 
     settings = run.params.tokenizer
-    reports = [report for report in corpus.metrics()["sources"] if report["use"] == "corpus"]
-    available = sum(report.get("train_documents", 0) for report in reports)
+    share = sample_share(corpus, settings.comparison.samples)
 
     def lines(label: str) -> Iterator[str]:
-        texts = sample_texts(corpus, run.params.seed, settings.comparison.samples, available)
-        with Progress(f"lines for {label}", None) as progress:
-            for number, line in enumerate(training_lines(texts, settings.max_sentence_length), 1):
-                progress.update(number)
-                yield line
+        texts = sample_texts(corpus, run.params.seed, share)
+        for line in training_lines(texts, settings.max_sentence_length):
+            progress.update(progress.done + 1, label)
+            yield line
 
-    characters: Counter[str] = Counter()
-    count = 0
-    for line in lines("the comparison's alphabet"):
-        characters.update(line)
-        count += 1
-    read = {"lines": count, "characters": characters.total()}
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    encoders, rows = [], []
-    for algorithm in settings.comparison.algorithms:
-        path = folder / f"{algorithm}-{digest}.{'json' if algorithm == 'wordpiece' else 'model'}"
-        if not path.is_file():
+    with Progress("lines for the tokenizers compared", None) as progress:
+        characters: Counter[str] = Counter()
+        count = 0
+        for line in lines("alphabet"):
+            characters.update(line)
+            count += 1
+        read = {"lines": count, "characters": characters.total()}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        encoders, rows = [], []
+        for algorithm in settings.comparison.algorithms:
+            path = folder / f"{algorithm}-{digest}.{'json' if algorithm == 'wordpiece' else 'model'}"
+            if not path.is_file():
+                if algorithm == "wordpiece":
+                    made = _attempt(train_wordpiece, lines(algorithm), settings, characters)
+                else:
+                    made = _attempt(train_sentencepiece, lines(algorithm), settings, algorithm)
+                if isinstance(made, TTLError):
+                    rows.append({"algorithm": algorithm, **read, "note": str(made)})
+                    continue
+                write_bytes(path, made)
             if algorithm == "wordpiece":
-                made = _attempt(train_wordpiece, lines(algorithm), settings, characters)
+                fast = PreTrainedTokenizerFast(tokenizer_file=str(path), unk_token=SPECIAL[0])
+                encoder = from_transformers(algorithm, "trained", fast)
             else:
-                made = _attempt(train_sentencepiece, lines(algorithm), settings, algorithm)
-            if isinstance(made, TTLError):
-                rows.append({"algorithm": algorithm, **read, "note": str(made)})
-                continue
-            _write_bytes(path, made)
-        if algorithm == "wordpiece":
-            fast = PreTrainedTokenizerFast(tokenizer_file=str(path), unk_token=SPECIAL[0])
-            encoder = from_transformers(algorithm, "trained", fast)
-        else:
-            encoder = from_sentencepiece(algorithm, "trained", spm.SentencePieceProcessor(model_file=str(path)))
-        encoders.append(encoder)
-        rows.append({"algorithm": algorithm, **read, **encoder.composition(), "note": ""})
+                encoder = from_sentencepiece(algorithm, "trained", spm.SentencePieceProcessor(model_file=str(path)))
+            encoders.append(encoder)
+            rows.append({"algorithm": algorithm, **read, **encoder.composition(), "note": ""})
     return encoders, rows
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    with unfinished.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 # the texts that all are measured on

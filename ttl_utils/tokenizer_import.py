@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from ttl_utils import hub
 from ttl_utils.corpus import documents
 from ttl_utils.encoding import Codec, plain_ids
 from ttl_utils.errors import SourceError, TTLError
-from ttl_utils.files import read_json, sha256, write_json
+from ttl_utils.files import read_json, sha256, write_bytes, write_json
 from ttl_utils.packing import PLAIN_CHARACTERS, batches, first_difference
 from ttl_utils.run import Stage
 from ttl_utils.schema import Tokenizer
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def import_tokenizer(settings: Tokenizer, folder: Path, context: int) -> dict:
