@@ -191,6 +191,48 @@ def test_a_damaged_source_keeps_what_was_done(make, tmp_path):
     assert hashes(prepare_corpus(make("cut"))) == hashes(whole)
 
 
+@pytest.mark.parametrize("damage", ["deleted", "cut", "no record"])
+def test_a_part_that_is_damaged_is_made_again_with_all_after_it(make, monkeypatch, damage):
+    whole = prepare_corpus(make())
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_mark", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(make("damaged"))
+    folder = make("damaged").stage("01_data").folder / "work" / "00-mixed"
+    assert len(list(folder.glob("part-*.json"))) > 3
+    if damage == "cut":
+        path = folder / "part-00001.parquet"
+        path.write_bytes(path.read_bytes()[:-9])
+    else:
+        for path in folder.glob("part-00001.json" if damage == "no record" else "part-00001.*"):
+            path.unlink()
+    again = prepare_corpus(make("damaged"))
+    assert hashes(again) == hashes(whole) and counted(again) == counted(whole)
+
+
+def test_many_short_documents_are_many_parts(make, monkeypatch):
+    whole = hashes(prepare_corpus(make()))
+    monkeypatch.setattr(corpus, "PART_CHARACTERS", 2**26)
+    monkeypatch.setattr(corpus, "PART_DOCUMENTS", 50)
+    written = []
+    plain = corpus._write_part
+    monkeypatch.setattr(corpus, "_write_part", lambda *given: written.append(given[0]) or plain(*given))
+    assert hashes(prepare_corpus(make("parts"))) == whole and len(written) > 10
+
+
+def test_a_corpus_of_which_nothing_is_kept_is_an_error(make):
+    with pytest.raises(TTLError, match="no document of the corpus was kept .*too few words: "):
+        prepare_corpus(make("none", filters={"all": {"min_words": 900}}))
+    assert not make("none", filters={"all": {"min_words": 900}}).stage("01_data").finished
+
+
+def test_a_folder_that_cannot_be_written_is_named(make, monkeypatch, tmp_path):
+    (tmp_path / "afile").write_text("x")
+    monkeypatch.setenv("TTL_OUTPUTS", str(tmp_path / "afile"))
+    with pytest.raises(TTLError, match="cannot write in .*afile.*TTL_OUTPUTS"):
+        prepare_corpus(make("nowhere"))
+
+
 def test_a_worker_that_is_killed_is_one_message(make, monkeypatch):
     monkeypatch.setattr(corpus, "judge_in_worker", _die)
     with pytest.raises(TTLError, match="worker process was ended from outside.*data.workers"):

@@ -397,3 +397,12 @@ def test_a_lone_surrogate_and_a_million_equal_words_are_judged():
 def test_codes_of_the_caller_are_used():
     assert rejection("casa dois três", rule(min_stop_words=1), word_codes("de dois três")) is None
     assert isinstance(Document("um", np.empty(0, np.uint64)).codes, np.ndarray)
+
+
+def test_breaks_of_lines_and_pages_keep_words_apart():
+    for sign in ("\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\r", "\r\n"):
+        assert clean(f"fim da página{sign}início") == "fim da página\ninício"
+
+
+def test_the_sign_that_sentencepiece_writes_for_a_space_is_one():
+    assert clean("\u2581\u2582 preços\u2581altos") == "\u2582 preços altos"

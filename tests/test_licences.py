@@ -125,3 +125,8 @@ def test_the_papers_own_mix_is_not_free():
         "Common Crawl terms of use",
         "Llama 2 Community License",
     }
+
+
+@pytest.mark.parametrize("licence", ["MIT (non-commercial use only)", "CC BY 4.0 (academic use only)"])
+def test_a_remark_that_limits_the_use_is_not_free(licence):
+    assert not permissive(licence)

@@ -386,7 +386,7 @@ def test_every_mistake_is_named_at_once():
         ("chat.top_p", 1.5, "less than or equal to 1"),
         ("data.test_share", -0.1, "greater than or equal to 0"),
         ("data.sources", [], "at least 1"),
-        ("tokenizer.vocab_size", 65_536, "65000"),
+        ("tokenizer.vocab_size", 65537, "65536"),
         ("tokenizer.vocab_size", [4096], "integer"),
         ("model", {"hidden_size": {"a": 1}}, "integer"),
         ("carbon.country_iso_code", "DE", "3 characters"),

@@ -317,3 +317,12 @@ def test_mask_examples(raw, wanted):
 def test_mask_of_a_masked_text_is_the_same(text):
     once = mask(text)
     assert mask(once) == once
+
+
+@pytest.mark.parametrize("text", ["(11) 91234-5678", "+55 11 91234-5678", "tel: 11 91234-5678"])
+def test_mobiles_that_begin_with_91_are_masked(text):
+    assert "[telefone]" in protect(text, actions())[0] and "5678" not in protect(text, actions())[0]
+
+
+def test_a_brace_later_in_the_line_spares_no_handle():
+    assert protect("Fale com @maria_silva para mais {detalhes}", actions())[0].startswith("Fale com [usuário] para")

@@ -183,7 +183,7 @@ def test_where_keeps_the_rows_of_a_value_and_counts_the_others(make, kind):
 
 
 def test_a_value_that_no_row_has_is_named(make):
-    with pytest.raises(SourceError, match="'livros': no row has lang 'PT'; met were 'en', 'pt'"):
+    with pytest.raises(SourceError, match="'livros': `where`: no row has lang 'PT'; met were 'en', 'pt'"):
         read(make(ROWS, where={"lang": "PT"}))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ttl_utils.errors import DamagedFile
+from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.files import read_json, write_json
 
 DTYPE = np.dtype("<u2")
@@ -223,7 +223,7 @@ def step_indices(seed: int, step: int, batch: int, blocks: int) -> np.ndarray:
     Every block is seen once an epoch, in an order of that epoch; a batch may straddle two epochs.
     """
     if blocks < 1:
-        raise ValueError("there is not one whole block of training tokens: more text, or a shorter context, is needed")
+        raise TTLError("there is not one whole block of training tokens: more text, or a shorter context, is needed")
     positions = np.arange(step * batch, (step + 1) * batch)
     epochs, places = np.divmod(positions, blocks)
     return np.array([_order(seed, int(epoch), blocks)[place] for epoch, place in zip(epochs, places, strict=True)])

@@ -7,6 +7,8 @@ import re
 import unicodedata
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u200b-\u200f\u2028-\u202e\u2060\ufeff\ufffd]")
+# of lines and pages: a word before one and a word after it stay apart
+_BREAKS = re.compile(r"\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
 _MASK = re.compile(r"\[(?:usuário|link|e-mail|id|CPF|telefone)\]")
@@ -16,8 +18,9 @@ _WORD, _DIGIT = re.compile(r"\w+"), re.compile(r"\d")
 def clean(text: str) -> str:
     """Composed Unicode, no control characters, single spaces, stripped lines, at most one blank line."""
     # composed only once the control characters are gone: one may stand between a letter and its accent
-    text = unicodedata.normalize("NFC", _CONTROL.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
-    text = _SPACES.sub(" ", text)
+    text = unicodedata.normalize("NFC", _CONTROL.sub("", _BREAKS.sub("\n", text)))
+    # SentencePiece writes a space as this sign, and could not tell them apart
+    text = _SPACES.sub(" ", text.replace("\u2581", " "))
     return _BLANK_LINES.sub("\n\n", "\n".join(line.strip() for line in text.split("\n"))).strip()
 
 

@@ -2,8 +2,9 @@
 
 In three steps, each at flat memory and each going on where it was stopped:
 
-1. read: every source is read in parts of about 64 MB; worker processes clean and judge (`judge.py`); a part's kept
-   documents, what marks them and its counts are written, then its `.json`, with the place to read on from.
+1. read: every source is read in parts of about 64 MB or 131,072 documents; worker processes clean and judge
+   (`judge.py`); a part's kept documents, what marks them and its counts are written, then its `.json`, with the place
+   to read on from.
 2. mark: exact and near duplicates over all parts, training texts that equal a held-out one, toxic ones.
 3. write: what is left goes to `<use>/<side>-NNNNN.parquet`, and the working folder is deleted.
 """
@@ -25,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ttl_utils import datasheet, duplicates, filters, hub, language, sources
+from ttl_utils import datasheet, duplicates, hub, local_files, sources
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.files import read_json, write_json
 from ttl_utils.judge import SIDES, Batch, Judge, judge_in_worker, start_worker
@@ -43,7 +44,7 @@ SCHEMAS = {
 }
 PART_SCHEMA = pa.schema([*_COMMON, ("part", pa.string()), ("side", pa.string()), _MESSAGES, _LABEL])
 # what is read between two places to go on from, and what a worker is given at a time
-PART_CHARACTERS, BATCH_CHARACTERS, BATCH_ROWS = 2**26, 2**20, 512
+PART_CHARACTERS, PART_DOCUMENTS, BATCH_CHARACTERS, BATCH_ROWS = 2**26, 2**17, 2**20, 512
 # what the mark of a document says, in the order of looking
 MARKS = ("kept", "exact duplicate", "near duplicate", "same words as a held-out text", "toxic")
 KEPT, EXACT, NEAR, HELD_OUT, TOXIC = range(5)
@@ -92,10 +93,11 @@ class ShardWriter:
 def prepare_corpus(run: Run) -> Stage:
     """Make stage 01: documents to learn from and to score, as Parquet files by use and side.
 
-    The side of a document is a pure function of the seed and its unit: the text it was made from (a tweet, a passage,
-    a conversation), together with the texts that hold it. So what is scored in any stage is in no training text of any
-    stage. For a set of the hub and for files the unit is the first words of the document: copies share it, whatever
-    their kind.
+    The side of a document is a pure function of the seed and its unit. Of a wheel, the unit is the text that a document
+    was made from (a tweet, a passage, a conversation) together with the texts that hold it: what is scored in any stage
+    is in no training text of any stage. Of the hub and of files, it is the first words of the document, which copies
+    and cuts share, whatever their kind; a text with the words of a held-out one is left out of training, and what
+    stands inside longer texts is reported by `overlap.py`.
 
     Raises:
         SourceError: a source cannot be reached, or its bytes are not the expected ones.
@@ -107,24 +109,36 @@ def prepare_corpus(run: Run) -> Stage:
         shutil.rmtree(work, ignore_errors=True)
         return stage
     data = run.params.data
-    filters.check_language(data.language, max(rules.min_stop_words for rules in data.filters.values()))
-    if any(rules.min_language_probability for rules in data.filters.values()):
-        language.check(data.language)
+    Judge(data, run.params.seed).check()
     with stage.work():
         for use in SCHEMAS:
             shutil.rmtree(stage.folder / use, ignore_errors=True)
         # a set that cannot be had is found out now, not after hours of reading the others
         mirrored = {source.name: hub.check(source.dataset, source.revision) for source in data.active}
+        for source in data.active:
+            if source.files:
+                local_files.find(source)
+        _check_classifier(run)
         parts = _read_all(run, stage, work)
         marks, toxicity = _mark(run, stage, work, parts)
         outputs, kept = _write(run, stage, parts, marks)
         reports = [datasheet.source_report(source, kept, _counts(parts, source)) for source in data.active]
+        learned = [report for report in reports if report["use"] == "corpus"]
+        if learned and not any(report["documents_kept"] for report in learned):
+            reasons = sum((Counter(report["rejected"]) for report in learned), Counter()).most_common(3)
+            why = "; ".join(f"{reason}: {count:,}" for reason, count in reasons) or "the sources are empty"
+            raise TTLError(
+                f"no document of the corpus was kept to learn from ({why}): see data.filters and data.sources"
+            )
         for report in reports:
+            report["version"] = next(
+                (r for p in parts if p.source == report["source"] and (r := p.record["version"])), None
+            )
             report["from_mirror"] = mirrored[report["source"]]
         metrics = datasheet.metrics(reports, kept, toxicity)
         datasheet.write(stage.folder / "data_sheet.md", run.name, metrics)
         stage.finish(metrics, outputs)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)
     return stage
 
 
@@ -202,7 +216,7 @@ def _read_source(
 ) -> tuple[list[Path], int]:
     """Read one source to its end, from the place where an earlier run stopped."""
     folder.mkdir(parents=True, exist_ok=True)
-    done = sorted(path.with_suffix("") for path in folder.glob("part-*.json"))
+    done = _whole_parts(folder)
     last = read_json(done[-1].with_suffix(".json")) if done else {"state": None, "ended": False, "documents": 0}
     documents = last["documents"]
     if last["ended"]:
@@ -211,11 +225,11 @@ def _read_source(
         print(f"source {source.name!r}: {documents:,} documents were read before, going on")
     left_out: Counter = Counter()
     reader = sources.open_source(source, data, left_out, last["state"])
-    batches = _batches(reader, source, documents)
+    batches = _batches(reader, source)
     ended = False
     while not ended:
         path = folder / f"part-{len(done):05}"
-        judged, characters, state = [], 0, None
+        judged, characters, read, state = [], 0, 0, None
         window: deque = deque()
         for rows in batches:
             window.append(pool.submit(judge_in_worker, source.name, rows) if pool else judge.judge(source.name, rows))
@@ -225,17 +239,42 @@ def _read_source(
             documents += len(rows)
             progress.update(before + documents, source.name)
             characters += sum(row.get("size", len(row["text"])) for row in rows)
-            if characters >= PART_CHARACTERS and not source.package:
+            read += len(rows)
+            # a wheel is small, and has no place to read on from
+            if (characters >= PART_CHARACTERS or read >= PART_DOCUMENTS) and not source.package:
                 state = reader.state()
                 break
         else:
             ended = True
         judged += [_result(item, source) for item in window]
         record = {"state": state, "ended": ended, "documents": documents, "left_out": dict(left_out)}
+        record["version"] = getattr(reader.records, "version", None)
         _write_part(path, judged, record)
         left_out.clear()
         done.append(path)
     return done, documents
+
+
+def _whole_parts(folder: Path) -> list[Path]:
+    """The parts before the first one that is missing or damaged; what lies beyond is deleted and made again."""
+    done: list[Path] = []
+    while _is_whole(path := folder / f"part-{len(done):05}"):
+        done.append(path)
+    names = {path.name for path in done}
+    for path in folder.glob("part-*"):
+        if path.name.partition(".")[0] not in names:
+            path.unlink()
+    return done
+
+
+def _is_whole(path: Path) -> bool:
+    record = path.with_suffix(".json")
+    if not record.is_file():
+        return False
+    sizes = read_json(record)["bytes"]
+    return all(
+        (file := path.with_suffix(suffix)).is_file() and file.stat().st_size == size for suffix, size in sizes.items()
+    )
 
 
 def _result(item: Any, source: Source) -> Batch:
@@ -245,18 +284,22 @@ def _result(item: Any, source: Source) -> Batch:
         return item.result()
     except BrokenProcessPool:
         raise TTLError(
-            f"source {source.name!r}: a worker process was ended from outside, most likely for want of memory; what "
-            "was done is kept: set data.workers to fewer processes, and run again"
+            f"source {source.name!r}: a worker process was ended from outside; what was done is kept. For want of "
+            "memory: set data.workers to fewer processes, and run again. In a script of your own: call this below "
+            'if __name__ == "__main__":, since workers import the script'
         ) from None
 
 
-def _batches(reader: Iterable[dict], source: Source, documents: int) -> Iterator[list[dict]]:
-    """Lists of rows for a worker, at most `limit` rows of the source in all."""
+def _batches(reader: Iterable[dict], source: Source) -> Iterator[list[dict]]:
+    """Lists of rows for a worker."""
     needed = {"chat": "turns", "downstream": "label"}.get(source.use)
     rows, characters = [], 0
     for row in reader:
         if needed and needed not in row and "problem" not in row:
-            raise SourceError(f"source {source.name!r} gives no {needed}, which `use: {source.use}` needs")
+            raise SourceError(
+                f"source {source.name!r} gives no {needed}, which `use: {source.use}` needs: "
+                + ("a column of conversations" if needed == "turns" else "only readers of wheels give labels")
+            )
         rows.append(row)
         characters += len(row["text"])
         if characters >= BATCH_CHARACTERS or len(rows) == BATCH_ROWS:
@@ -274,10 +317,20 @@ def _write_part(path: Path, judged: list[Batch], record: dict) -> None:
     counts: Counter = sum((batch.counts for batch in judged), Counter())
     table = pa.Table.from_pylist(rows, PART_SCHEMA)
     pq.write_table(table, path.with_suffix(".parquet"), row_group_size=4096, compression="zstd")
-    np.save(path.with_suffix(".digests.npy"), np.array(digests, "<u8").reshape(-1, 2))
-    np.save(path.with_suffix(".bands.npy"), np.array(bands, "<u8").T.copy())
-    np.save(path.with_suffix(".keys.npy"), np.array(keys, "<u8"))
-    np.save(path.with_suffix(".held.npy"), np.array([row["side"] == "test" for row in rows], bool))
+    arrays = {
+        "digests": np.array(digests, "<u8").reshape(-1, 2),
+        "bands": np.array(bands, "<u8").T.copy(),
+        "keys": np.array(keys, "<u8"),
+        "held": np.array([row["side"] == "test" for row in rows], bool),
+    }
+    for name, array in arrays.items():
+        np.save(path.with_suffix(f".{name}.npy"), array)
+    suffixes = [".parquet", *(f".{name}.npy" for name in arrays)]
+    # on the disk before the record that says so
+    for suffix in suffixes:
+        with path.with_suffix(suffix).open("rb+") as file:
+            os.fsync(file.fileno())
+    record["bytes"] = {suffix: path.with_suffix(suffix).stat().st_size for suffix in suffixes}
     write_json(path.with_suffix(".json"), record | {"counts": [[*key, count] for key, count in counts.items()]})
 
 
@@ -347,14 +400,15 @@ def _mark_toxic(run: Run, stage: Stage, parts: list[WorkPart], marks: np.ndarray
         for part in parts:
             rows = list(part.rows(["text", "source", "part"]))
             mine = marks[start : start + len(rows)]
+            asked_now = (mine == KEPT).sum()
             scored = np.array([(row["source"], row["part"]) in asked for row in rows], bool) & (mine == KEPT)
             texts = [row["text"] for row, chosen in zip(rows, scored, strict=True) if chosen]
             if texts:
                 found = _scores(part.path.with_suffix(".toxicity.npy"), scorer, texts)
                 mine[np.flatnonzero(scored)[found < settings.threshold]] = TOXIC
                 scores.append(found)
-                names += [part.source] * len(found)
-            progress.update(progress.done + int((mine == KEPT).sum()), part.source)
+                names += [row["part"] or row["source"] for row, chosen in zip(rows, scored, strict=True) if chosen]
+            progress.update(progress.done + int(asked_now), part.source)
             start += len(rows)
     every = np.concatenate(scores) if scores else np.empty(0, np.float32)
     return {
@@ -364,6 +418,17 @@ def _mark_toxic(run: Run, stage: Stage, parts: list[WorkPart], marks: np.ndarray
         "scored": len(every),
         "sensitivity": toxicity.sensitivity(every, names, settings.threshold).to_dict("records"),
     }
+
+
+def _check_classifier(run: Run) -> None:
+    """What is wrong with the classifier's settings is found out before hours of reading."""
+    from ttl_utils import toxicity
+
+    if run.params.data.toxicity and Judge(run.params.data, run.params.seed).asked_for_toxicity():
+        try:
+            toxicity.load(run.params.data.toxicity)
+        except SourceError as error:
+            print(f"toxicity will be skipped, as it is now: {error}")
 
 
 def _scores(path: Path, scorer: Any, texts: list[str]) -> np.ndarray:
@@ -427,7 +492,7 @@ def _rows(paths: list[Path], columns: list[str] | None, skip: int = 0) -> Iterat
             if skip >= file.metadata.num_rows:
                 skip -= file.metadata.num_rows
                 continue
-            # a row group is a few megabytes of text, however long its documents are
+            # a row group is a few megabytes of text, in the working folder up to a whole part
             for group in range(file.num_row_groups):
                 taken = file.read_row_group(group, columns=columns).slice(skip)
                 skip = max(0, skip - file.metadata.row_group(group).num_rows)

@@ -60,7 +60,7 @@ def source_report(source: Source, kept: Counter, counts: Counter) -> dict:
                 **part,
             }
             for name, part in parts.items()
-            if part["documents_in"] or name
+            if part["documents_in"]
         ]
     return report
 
@@ -106,6 +106,7 @@ def metrics(reports: list[dict], kept: Counter, toxicity: dict) -> dict:
     instructions = sum(report["instruction_characters"] for report in corpus)
     names = {report["source"] for report in corpus}
     by_licence: Counter = Counter()
+    read: Counter = sum((Counter(report["licence_characters_in"]) for report in corpus), Counter())
     for key, count in kept.items():
         if key[0].startswith("licence ") and key[1] in names:
             by_licence[key[0].removeprefix("licence ")] += count
@@ -119,8 +120,9 @@ def metrics(reports: list[dict], kept: Counter, toxicity: dict) -> dict:
         "held_out_texts": sum(report["test_documents"] for report in reports),
         "same_words_as_held_out": sum(r["rejected"].get("same words as a held-out text", 0) for r in reports),
         "licences": [
-            {"licence": name, "characters": count, "model_use": licences.look_up(name).model_use}
-            for name, count in sorted(by_licence.items())
+            {"licence": name, "characters_in": count, "characters": by_licence[name]}
+            | {"model_use": licences.look_up(name).model_use}
+            for name, count in sorted(read.items())
         ],
         "allowed": licences.combined(by_licence),
         "lengths": lengths(kept),
@@ -132,7 +134,10 @@ def metrics(reports: list[dict], kept: Counter, toxicity: dict) -> dict:
 def write(path: Path, run: str, figures: dict) -> None:
     """The data sheet as Markdown, from the stage's figures alone."""
     lines = [f"# Data sheet of run `{run}`", ""]
-    lines += ["## Sources", "", *_table(_source_rows(figures["sources"]))]
+    share = figures["instruction_share"]
+    lines += ["## Sources", "", *_table(_source_rows(figures["sources"])), ""]
+    lines += [f"Instructions: {share:.1%} of the corpus's characters."] if share is not None else []
+    lines += [f"{report['source']}: {report['version']}" for report in figures["sources"] if report["version"]]
     lines += ["", "## Why documents were rejected", "", *_table(rejections(figures["sources"]))]
     lines += ["", "## Licences", "", *_table(figures["licences"]), "", figures["allowed"]["summary"]]
     lines += ["", "## Lengths in words, by kind", "", *_table(figures["lengths"])]

@@ -41,7 +41,7 @@ def flow_table(sources: list[dict]) -> pd.DataFrame:
             ("held out", report["test_documents"]),
         ]
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=["source", "step", "documents"])
 
 
 def flow(run: Run, table: pd.DataFrame) -> Figure:
@@ -145,8 +145,9 @@ def efficiency(run: Run, table: pd.DataFrame) -> Figure:
     rows = table.dropna(subset="tokens_per_word")
     tokens = rows.tokens_per_word * TABLE_1_WORDS
     figure, axes = subplots(height=1.3 + 0.36 * len(rows))
-    # the first row is ours
-    colours = [OURS, *("white" if text == PUBLISHED else LIGHT for text in rows.text[1:])]
+    # the table's first row is ours
+    mine = (rows.text == MEASURED) & (rows.tokenizer == table.tokenizer.iloc[0])
+    colours = np.select([mine, rows.text == PUBLISHED], [OURS, "white"], LIGHT)
     names = [_short(name) for name in rows.tokenizer]
     bars = axes.barh(range(len(rows)), tokens, color=colours, height=0.7)
     for bar, text in zip(bars, rows.text, strict=True):

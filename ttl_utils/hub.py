@@ -174,7 +174,9 @@ class Stream:
             self.records = Files(paths, lambda path, skip: self._parquet(path, choose, skip), place)
         else:
             data = builder.as_streaming_dataset(split=item.split)
-            choose(data.column_names or list(next(iter(data), {})))
+            with _opening(item.dataset, item.config, item.split):
+                names = data.column_names or list(next(iter(data), {}))
+            choose(names)
             # opened again: a look at the first row counts as reading it
             self.records = builder.as_streaming_dataset(split=item.split)
             if place:

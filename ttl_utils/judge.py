@@ -63,6 +63,13 @@ class Judge:
     def _licences(self) -> set[str]:
         return {item.licence for source in self.data.active for item in (source, *source.origins)}
 
+    def check(self) -> None:
+        """A ParameterError where the filters in use ask for what is not known of the language."""
+        used = [self.data.filters[item.filter] for source in self.data.active for item in (source, *source.origins)]
+        filters.check_language(self.data.language, max(rules.min_stop_words for rules in used))
+        if any(rules.min_language_probability for rules in used):
+            language.check(self.data.language)
+
     def part(self, source: Source, origin: str | None) -> Part:
         """A mixed set (the published corpus) says in a column where a document comes from: the first pattern wins."""
         for pattern, part in self.patterns[source.name]:

@@ -31,6 +31,10 @@ class Licence:
     note: str
 
 
+# in a remark beside a licence's name
+_LIMITED = re.compile(r"non-?commercial|academic|research|only|\bno\b", re.IGNORECASE)
+
+
 def _key(licence: str) -> str:
     """The same for all spellings of a licence, a remark in parentheses left out."""
     plain = re.sub(r"\s*\(.*\)\s*$", "", licence.lower(), flags=re.DOTALL)
@@ -50,7 +54,10 @@ def _known() -> dict[str, Licence]:
 
 def look_up(licence: str) -> Licence:
     """The licence by its name, however it is spelt; one that is not known is unclear."""
-    return _known().get(_key(licence)) or Licence(licence, "unclear", True, False, "not a licence known here")
+    found = _known().get(_key(licence))
+    if found and found.model_use == "free" and _LIMITED.search(licence.partition("(")[2]):
+        return Licence(licence, "unclear", True, False, "a remark limits its use")
+    return found or Licence(licence, "unclear", True, False, "not a licence known here")
 
 
 def permissive(licence: str) -> bool:

@@ -81,8 +81,8 @@ def first_difference(codec: Codec, texts: list[str]) -> str | None:
 def check_parity(codec: Codec, texts: list[str]) -> None:
     if place := first_difference(codec, texts):
         raise TTLError(
-            f"SentencePiece and the Hugging Face tokenizer disagree at {place}: "
-            "the model would be trained on other ids than users get"
+            f"SentencePiece and the Hugging Face tokenizer disagree at {place}: the model would be trained on other "
+            "ids than users get. If the tokenizer's folder was not changed by hand, please report that text"
         )
 
 
@@ -117,8 +117,9 @@ def pack_texts(corpus: Stage, stage: Stage, codec: Codec, settings: Tokenizer, s
                 "bytes": sum(len(text.encode("utf-8")) for text in batch),
                 "words": sum(len(text.split()) for text in batch),
                 "text_tokens": len(plain),
-                "byte_tokens": int(np.count_nonzero(fallback[ids])),
-                "unknown_tokens": int(np.count_nonzero(ids == tokenizer.unk_token_id)),
+                # of text alone: in some vocabularies a control token is the unknown one too
+                "byte_tokens": int(np.count_nonzero(fallback[plain])),
+                "unknown_tokens": int(np.count_nonzero(plain == tokenizer.unk_token_id)),
                 "parity_documents": compared,
             }
             # what a permissive corpus would cost: control tokens are not counted
@@ -146,6 +147,8 @@ def pack_tokens(stage: Stage, codec: Codec, settings: Tokenizer, side: str) -> d
     stream = _open_tokens(tokens, side, writer.state and writer.state["reader"])
     bos, fallback = tokenizer.bos_token_id, byte_pieces(tokenizer)
     inner, first = token_bytes(tokenizer)
+    control = np.zeros(len(tokenizer), bool)
+    control[[bos, tokenizer.eos_token_id]] = True
     last = writer.state["last"] if writer.state else bos
     records = iter(stream)
     label, done = f"{side} rows of tokens", writer.totals["rows"]
@@ -166,10 +169,12 @@ def pack_tokens(stage: Stage, codec: Codec, settings: Tokenizer, side: str) -> d
                 # of text, known without decoding it
                 "bytes": int(np.where(before[:-1] == bos, first[ids], inner[ids]).sum()),
                 "byte_tokens": int(np.count_nonzero(fallback[ids])),
-                "unknown_tokens": int(np.count_nonzero(ids == tokenizer.unk_token_id)),
+                "unknown_tokens": int(np.count_nonzero((ids == tokenizer.unk_token_id) & ~control[ids])),
             }
             writer.add(ids, np.flatnonzero(begins), counts, {"reader": stream.state(), "last": last})
             progress.update(writer.totals["rows"])
+    if writer.totals["documents"] == 1 < writer.totals["rows"]:
+        print(f"{tokens.dataset!r}: no row holds {tokenizer.bos_token!r}, so where documents begin is not known")
     return {"paths": writer.close(), "version": stream.version, **writer.totals}
 
 

@@ -26,7 +26,7 @@ _TELEPHONE = re.compile(
       | (?:{_ALONE}55[ ]?)? \( (?:0?[xX]{{2}}|0)? {_AREA} \) [ ]?               # (11), (0xx11)
       | {_ALONE} 0?{_AREA}[ .-]                                                 # 11
       | {_ALONE}
-      ) (?P<nine>9[ .-]?)? (?P<first>[2-9][0-9]{{3}}) (?P<gap>[ .–-]?) (?P<last>[0-9]{{4}})
+      ) (?P<nine>9[ .-]?)? (?P<first>(?(nine)[0-9]|[2-9])[0-9]{{3}}) (?P<gap>[ .–-]?) (?P<last>[0-9]{{4}})
       (?: (?:[ ]?[/,][ ]?|[ ](?:e|ou)[ ]) 9?(?!20)[2-9][0-9]{{3}}[–-][0-9]{{4}} )*          # … / 3456-7891
     ){_ENDS}""",
     re.VERBOSE,
@@ -40,7 +40,7 @@ _EMAIL = re.compile(r"\w[\w.+-]{0,63}+@(?=[\w-][\w.-]*\.[^\W\d_]{2})[\w.-]*[\w-]
 # a decorator, an annotation, a rule of a style sheet or a package's scope
 _HANDLE = re.compile(
     r"(?<![\w.+@＠-])(?:[@＠](?=\w*[^\W\d_])\w{3,}+(?:\.\w+)*+)++"
-    r"(?!/|\((?![0-9+])|[^\n@＠]*\{|\n(?:def|class|async|public|private|protected|static|void)\b)"
+    r"(?!/|\((?![0-9+])|[^\n@＠]*\{\s*(?:[\n}]|\Z)|\n(?:def|class|async|public|private|protected|static|void)\b)"
 )
 
 

@@ -230,9 +230,14 @@ class Stage:
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the stage's lock, which this object may hold already; another holder is an error, never a wait."""
-        Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
         try:
+            Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise TTLError(
+                f"cannot write in {self.run.folder} ({error.strerror}): set TTL_OUTPUTS to a folder that you may "
+                "write in"
+            ) from None
         except Timeout:
             raise StageConflict(
                 f"{self.name} of run {self.run.name!r} is being made by another process ({self.folder}): "

@@ -55,6 +55,7 @@ class JudgeDocuments(BaseFilter):
             raise ParameterError(f"source {source!r} is none of data.sources with use: corpus ({', '.join(known)})")
         self.data, self.seed, self.source = params.data, params.seed, source
         self.judge: Judge | None = None
+        Judge(self.data, self.seed).check()
 
     def __getstate__(self) -> dict:
         # each task makes its own: compiled patterns and caches stay where they are

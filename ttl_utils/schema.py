@@ -82,7 +82,8 @@ class Origin(Section):
 class Source(Section):
     """One place where text comes from: a wheel of the package index, a data set of the hub, or local files."""
 
-    name: str
+    # a folder of the stage is named for it
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,80}$")]
     use: Literal["corpus", "chat", "downstream"]
     kind: Literal["plain", "instruction"]
     filter: str
@@ -254,7 +255,7 @@ class Tokenizer(Section):
     source: str | None
     revision: str | None
     tokens: Tokens | None
-    vocab_size: Annotated[int, Field(ge=300, le=65_000)]
+    vocab_size: Annotated[int, Field(ge=300, le=2**16)]
     train_samples: Positive
     train_characters: Positive
     character_coverage: Share
@@ -418,7 +419,8 @@ class Parameters(BaseModel):
             section = getattr(self, name)
             micro = section.per_device_train_batch_size * length
             if section.tokens_per_step % micro:
-                what = "model.max_position_embeddings" if length == context else "pretraining.block_size"
+                own = name == "pretraining" and self.pretraining.block_size
+                what = "pretraining.block_size" if own else "model.max_position_embeddings"
                 raise ValueError(
                     f"{name}.tokens_per_step {section.tokens_per_step} is not a multiple of "
                     f"{name}.per_device_train_batch_size x {what} "

@@ -46,7 +46,7 @@ class Reader:
         if self.read and not self.given and self.others:
             column, values = next(iter(self.others.items()))
             raise SourceError(
-                f"source {self.source.name!r}: no row has {column} {self.source.where[column]!r}; met were "
+                f"source {self.source.name!r}: `where`: no row has {column} {self.source.where[column]!r}; met were "
                 f"{', '.join(sorted(values))}"
             )
 
@@ -119,6 +119,7 @@ def _row(record: dict | Problem, item: Source | TextSet) -> dict:
     if isinstance(record, Problem):
         return _problem(None, record.reason, record.size)
     origin = record.get(item.origin_column) if isinstance(item, Source) and item.origin_column else None
+    origin = None if origin is None else str(origin)
     values = []
     for column in _columns(item):
         name = re.sub(r"{(.+?)}", lambda match: str(record.get(match[1])), column)
@@ -126,7 +127,7 @@ def _row(record: dict | Problem, item: Source | TextSet) -> dict:
             return _problem(origin, f"no {column}", 0)
         values.append(record.get(name))
     if len(values) == 1 and isinstance(values[0], list):
-        return _conversation(values[0], origin)
+        return _conversation(values[0], origin, item.name)
     for value, column in zip(values, _columns(item), strict=True):
         if isinstance(value, list | dict | bytes):
             raise SourceError(f"source {item.name!r}: column {column!r} holds no text, but {str(value)[:80]}")
@@ -138,14 +139,17 @@ def _row(record: dict | Problem, item: Source | TextSet) -> dict:
     return {"text": text, "origin": origin}
 
 
-def _conversation(turns: list, origin: str | None) -> dict:
+def _conversation(turns: list, origin: str | None, name: str) -> dict:
     """Turns of user and assistant as one text, with a blank line between them (section 3.2)."""
     try:
         contents = [turn["content"] for turn in turns]
         roles = [turn["role"] for turn in turns]
         text = "\n\n".join(content for content in contents if content is not None)
     except (TypeError, KeyError) as error:
-        raise SourceError(f"a conversation is not a list of {{role, content}}: {str(turns)[:80]}") from error
+        raise SourceError(
+            f"source {name!r}: a conversation is not a list of {{role, content}}: {str(turns)[:80]}; name "
+            "another column, or bring the set into that form"
+        ) from error
     if None in contents:
         return _problem(origin, "turn without text", len(text))
     if roles != ["user", "assistant"] * (len(roles) // 2):

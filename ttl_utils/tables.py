@@ -32,6 +32,8 @@ PAPER_DIFFERS = {
     "pretraining.attention": "flash_attention_2",
     "pretraining.eval_tokens": "about 1% of the data",
     "tokenizer.append_eos": "false",
+    "tokenizer.train_characters": "no limit known",
+    "pretraining.isolate_documents": "false",
     "data.test_share": "about 1%",
 }
 
@@ -82,6 +84,10 @@ def is_paper_configuration(run: Run) -> str | None:
     if data.finished and any(source["from_mirror"] for source in data.metrics()["sources"]):
         return None
     flat = {**params.model.model_dump(), **params.pretraining.model_dump(), "vocab_size": params.tokenizer.vocab_size}
+    if params.tokenizer.source or params.pretraining.isolate_documents:
+        return None
+    if params.pretraining.block_size not in (None, params.model.max_position_embeddings):
+        return None
     size = paper.is_paper_configuration({key: flat[key] for key in paper.CONFIGURATION})
     same_data = size is not None and params.data.identity() == load_params({"size": size}).data.identity()
     return size if same_data else None

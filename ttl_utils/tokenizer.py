@@ -11,7 +11,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pyarrow.parquet as pq
 import sentencepiece as spm
 
@@ -137,6 +136,11 @@ def train_tokenizer(corpus: Stage, stage: Stage, seed: int, context: int) -> tup
         read = {"documents": 0, "lines": 0, "characters": 0}
         # SentencePiece holds its lines in memory, 4 to 8 bytes for each of text
         share = sample_share(corpus, settings.train_samples, settings.train_characters)
+        if share < sample_share(corpus, settings.train_samples):
+            print(
+                f"tokenizer.train_characters {settings.train_characters:,} allows {share:.1%} of the training "
+                f"documents, fewer than the {settings.train_samples:,} of train_samples"
+            )
         texts = sample_texts(corpus, seed, share)
         with Progress("lines for the tokenizer", None, stage.folder / "status.json") as progress:
             lines = _counted(training_lines(_counting(texts, read), settings.max_sentence_length), read, progress)
@@ -163,12 +167,11 @@ def _counted(lines: Iterable[str], read: dict, progress: Progress) -> Iterator[s
 
 def count_efficiency(codec: Codec, texts: Iterable[str], words: int) -> dict:
     """Tokens for the first `words` words of the texts (the paper's table 1 counts 7,400 words)."""
-    counted, tokens, whole = 0, 0, 0
+    counted, tokens = 0, 0
     for text in texts:
         taken = text.split()[: words - counted]
         if taken:
             tokens += len(codec.encode([" ".join(taken)])[0])
-            whole += int(np.count_nonzero(codec.encode(taken)[1] == 1))
         counted += len(taken)
         if counted == words:
             break
@@ -176,7 +179,6 @@ def count_efficiency(codec: Codec, texts: Iterable[str], words: int) -> dict:
         "words": counted,
         "tokens": tokens,
         "tokens_per_word": tokens / counted if counted else None,
-        "whole_word_share": whole / counted if counted else None,
     }
 
 
@@ -206,6 +208,8 @@ def prepare_tokenizer(run: Run) -> Stage:
             sides = {side: pack_tokens(stage, codec, settings, side) for side in SIDES}
         else:
             sides = {side: pack_texts(corpus, stage, codec, settings, side, available[side]) for side in SIDES}
+        if not sides["train"]["tokens"]:
+            raise TTLError(f"{settings.tokens.dataset!r}, {settings.tokens.train_split}: the set holds no tokens")
         held_out = (row["text"] for row in documents(corpus, "corpus", "test", ["text"]))
         efficiency = count_efficiency(codec, held_out, settings.efficiency_words)
         metrics = _metrics(codec, sides) | {

@@ -39,6 +39,10 @@ from ttl_utils.schema import TextSet
 from ttl_utils.tokenizer import sample_share, sample_texts, train_sentencepiece, training_lines
 
 BATCH, MOST_ORIGINS = 256, 20
+# of the sample, however long its documents are: unigram's suffix array takes 21 bytes for each
+MOST_CHARACTERS = 60_000_000
+DOMAIN_COLUMNS = ("domain", "tokenizer", "role", "tokens_per_word", "against_ours", "bytes_per_token")
+DOMAIN_COLUMNS += ("whole_word_share", "byte_fallback_share", "unknown_share", "line_break_share")
 # hub ids of table 1's rows
 TABLE_1 = {
     "nicholasKluge/TeenyTinyLlama-160m": "TTL",
@@ -119,7 +123,7 @@ def domain_table(result: dict) -> pd.DataFrame:
     named = {texts["name"] for texts in result["key"]["texts"]}
     absent = {item["algorithm"]: item["note"] for item in result["algorithms"] if item["note"]} | result["missing"]
     rows += [{"domain" if name in named else "tokenizer": name, "note": note} for name, note in absent.items()]
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys([*DOMAIN_COLUMNS, *(name for row in rows for name in row)])))
     words = ["domain", "tokenizer", "role", *(["note"] if absent else [])]
     return table.assign(**table[words].fillna(""))
 
@@ -179,7 +183,7 @@ def _train(run: Run, corpus: Stage, folder: Path, key: dict) -> tuple[list[Encod
     from transformers import PreTrainedTokenizerFast
 
     settings = run.params.tokenizer
-    share = sample_share(corpus, settings.comparison.samples)
+    share = sample_share(corpus, settings.comparison.samples, MOST_CHARACTERS)
 
     def lines(label: str) -> Iterator[str]:
         texts = sample_texts(corpus, run.params.seed, share)
@@ -304,7 +308,9 @@ def table_1(ours: Encoder, others: dict[str, Encoder | TTLError], texts: list[st
     published = paper.table("table1_tokenizers").set_index("tokenizer")
     words = sum(len(text.split()) for text in texts)
     rows = []
+    nothing = TTLError("01_data holds no held-out text of the corpus to measure on")
     for name, encoder in {ours.name: ours, **others}.items():
+        encoder = encoder if words else nothing
         row: dict[str, Any] = {"tokenizer": name}
         if isinstance(encoder, TTLError):
             known = TABLE_1.get(name)
