@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ttl_utils.blocks import TokenBlocks, TokenWriter, step_indices
-from ttl_utils.errors import DamagedFile
+from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.pretraining import block_steps, token_blocks
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 65_535), max_size=12), max_size=12)
@@ -86,7 +86,7 @@ def test_an_empty_corpus_has_no_block(tmp_path):
     assert paths == []
     blocks = TokenBlocks(paths, 4)
     assert (len(blocks), blocks.tokens) == (0, 0) and blocks.remainder().size == 0
-    with pytest.raises(ValueError, match="not one whole block"):
+    with pytest.raises(TTLError, match="not one whole block"):
         step_indices(42, 0, 4, len(blocks))
     # documents without a token make a file of no bytes
     blocks = TokenBlocks(write(tmp_path, [[], []])[1], 4)

@@ -360,7 +360,7 @@ def test_a_comparison_adds_up_and_agrees_with_stage_02(prepared):
     # less <s> and </s> of each document
     assert ours == bpe == metrics["test_tokens"] - 2 * len(texts)
     first = module.efficiency_table(result).iloc[0]
-    for name in ("words", "tokens", "tokens_per_word", "whole_word_share"):
+    for name in ("words", "tokens", "tokens_per_word"):
         assert first[name] == metrics["efficiency"][name]
 
 

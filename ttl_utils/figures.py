@@ -6,9 +6,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter
 
 from ttl_utils import paper
 from ttl_utils.progress import in_notebook
@@ -107,52 +106,6 @@ def loss_curve(records: list[dict], title: str) -> Figure:
     axes.xaxis.set_major_formatter(_thousands)
     axes.legend()
     return figure
-
-
-def sources(run: Run, table: pd.DataFrame) -> Figure:
-    """Characters of each source: learned from, held out, rejected."""
-    figure, axes = subplots(height=0.5 + 0.45 * len(table))
-    left = pd.Series(0.0, index=table.index)
-    parts = {"train_characters": ("training", OURS), "test_characters": ("held out", PAPER_2)}
-    for column, (label, colour) in parts.items():
-        values = table[column].fillna(0)
-        axes.barh(table.source, values, left=left, color=colour, label=label)
-        left += values
-    axes.barh(table.source, (table.characters_in - left).clip(lower=0), left=left, color="#d0d0d0", label="rejected")
-    axes.invert_yaxis()
-    axes.set(title="Text by source", xlabel="characters")
-    axes.xaxis.set_major_formatter(_thousands)
-    figure.legend(loc="outside lower center", ncols=3)
-    return save(figure, run, "01_sources", table)
-
-
-def document_lengths(run: Run, lengths: pd.DataFrame) -> Figure:
-    """Words per document, by kind of text."""
-    figure, axes = subplots()
-    bins = np.geomspace(1, lengths.words.max() + 1, 40)
-    for (kind, found), colour in zip(lengths.groupby("kind"), (PAPER_2, OURS), strict=False):
-        axes.hist(found.words, bins=bins, color=colour, alpha=0.75, label=kind)
-    axes.set(title="Length of documents", xlabel="words per document (log scale)", ylabel="documents", xscale="log")
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.legend()
-    return save(figure, run, "01_lengths", lengths.groupby("kind").words.describe().reset_index())
-
-
-def tokenizer_efficiency(run: Run, tokens_per_word: float, words: int) -> Figure:
-    """Tokens per word of the published tokenizers (table 1, another text) and ours."""
-    published = paper.table("table1_tokenizers")
-    rows = pd.DataFrame({"tokenizer": published.tokenizer, "tokens_per_word": published.tokens / 7400, "who": "paper"})
-    ours = pd.DataFrame([{"tokenizer": f"ours ({run.name})", "tokens_per_word": tokens_per_word, "who": "ours"}])
-    rows = pd.concat([rows, ours], ignore_index=True)
-    figure, axes = subplots()
-    bars = axes.barh(rows.tokenizer, rows.tokens_per_word, color=[OURS if w == "ours" else PAPER for w in rows.who])
-    _bar_labels(axes, bars, "%.2f")
-    axes.invert_yaxis()
-    axes.set(
-        title=f"Tokens per word: table 1 (7,400 words of another text) and ours ({words:,} held-out words)",
-        xlabel="tokens per word (fewer is better)",
-    )
-    return save(figure, run, "02_efficiency", rows)
 
 
 def pretraining(run: Run, records: list[dict]) -> Figure:
