@@ -12,7 +12,11 @@ import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from tests.tiny import Tiny
 from ttl_utils.run import STAGES
@@ -240,3 +244,29 @@ def test_status_and_plan(whole: Command) -> None:
     for size, count in (("160m", "162,417,408"), ("460m", "468,239,360")):
         assert count in whole.ttl("plan", size).stdout
     assert whole.ttl("run", "nanno").returncode != 0
+
+
+def test_published_tokens_take_the_place_of_the_corpus(whole: Command, tiny: Tiny, tmp_path: Path) -> None:
+    """Tokens and their tokenizer are imported, nothing is read to learn from, and the notebooks say so."""
+    made = whole.run / "02_tokenizer"
+    folder = tmp_path / "mirror" / "some" / "tokens" / "data"
+    folder.mkdir(parents=True)
+    for side in ("train", "test"):
+        ids = np.concatenate([np.fromfile(path, "<u2") for path in sorted((made / "tokens").glob(f"{side}-*.bin"))])
+        rows = [{"input_ids": row.tolist()} for row in np.split(ids.astype(np.int32), range(64, len(ids), 64))]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{side}-00000-of-00001.parquet")
+    values = yaml.safe_load(Path(tiny.file).read_text(encoding="utf-8"))
+    values["data"]["sources"] = [source for source in values["data"]["sources"] if source["use"] != "corpus"]
+    tokens = {"dataset": "some/tokens", "train_split": "train", "test_split": "test", "column": "input_ids"}
+    values["tokenizer"] |= {"source": str(made), "tokens": tokens}
+    file = tmp_path / "imported.yaml"
+    file.write_text(yaml.safe_dump(values | {"file": str(file)}, allow_unicode=True), encoding="utf-8")
+    outputs = tmp_path / "outputs"
+    where = {"TTL_MIRROR": str(tmp_path / "mirror"), "TTL_OUTPUTS": str(outputs)}
+    done = whole.ttl("run", str(file), "--to", "02", **where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((outputs / "tiny" / "metrics.json").read_text())
+    before = json.loads((whole.run / "metrics.json").read_text())
+    assert metrics["01_data"]["documents_in"] == 0
+    for name in ("train_tokens", "test_tokens", "train_bytes", "test_bytes", "vocab_size"):
+        assert metrics["02_tokenizer"][name] == before["02_tokenizer"][name]
