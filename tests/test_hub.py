@@ -306,6 +306,7 @@ def test_a_model_is_a_folder_its_mirror_or_the_hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./modelo", "~/nada/modelo", "/nada/modelo", "outputs/nano/02_tokenizer"])
-def test_a_folder_that_is_not_there_is_named(name):
+def test_a_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match="there is no such folder"):
         hub.model_folder(name)
