@@ -16,12 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import test_toxicity as toxic
 from tests.test_corpus import hashes
 from tests.tiny import words
 from ttl_utils import corpus, judge
-from ttl_utils.corpus import prepare_corpus
-from ttl_utils.errors import SourceError, TTLError
+from ttl_utils.corpus import documents, prepare_corpus
+from ttl_utils.errors import ParameterError, SourceError, TTLError
 from ttl_utils.files import read_json
+from ttl_utils.judge import SIDES
+from ttl_utils.toxicity import Scorer
 
 pytestmark = pytest.mark.usefixtures("no_energy")
 
@@ -145,10 +148,9 @@ def test_stopped_later_it_reads_nothing_again(make, monkeypatch, step):
     assert hashes(again) == hashes(whole) and counted(again) == counted(whole)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_killed_with_its_workers_it_goes_on(make, tiny, tmp_path):
     """SIGKILL, no chance to tidy up; the workers end with it."""
-    if os.name != "posix":
-        pytest.skip("no SIGKILL here")
     whole = prepare_corpus(make())
     parameters = {"file": tiny.file, **overrides(tmp_path / "texts", "killed", workers=2)}
     script = tmp_path / "made.py"
@@ -261,3 +263,52 @@ def test_a_full_disk_is_named_and_nothing_is_half_written(make, monkeypatch):
             prepare_corpus(make("full"))
     assert not list(make("full").stage("01_data").folder.rglob("part-*.json"))
     assert prepare_corpus(make("full")).finished
+
+
+def test_toxic_documents_are_rejected_by_the_filters_that_ask(make, tmp_path, monkeypatch):
+    """By source and part, with what other thresholds would reject; scores that were saved are not asked for again."""
+    model = toxic.save(toxic.build(), tmp_path / "model")
+    rows = [{"text": f"o rio {'insulto ' * 8}. {text(n)}" if n % 5 == 0 else f"o rio . {text(n)}"} for n in range(90)]
+    rows = [
+        row | {"where": "instruct" if n < 30 else "wiki"} for n, row in enumerate(rows) if "curto" not in row["text"]
+    ]
+    path = tmp_path / "toxic.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    source = sources(tmp_path / "texts")[0] | {"files": [str(path)]}
+    # the part `instruct` keeps its filter, which does not ask
+    given = {
+        "sources": [source | {"filter": "web"}],
+        "filters": {"all": {}, "web": {"toxicity": True}},
+        "toxicity": {"model": str(model), "threshold": 0.0, "max_length": toxic.LENGTH, "batch_size": 4},
+    }
+    asked = []
+    plain = Scorer.scores
+    monkeypatch.setattr(Scorer, "scores", lambda self, texts: asked.append(len(texts)) or plain(self, texts))
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_corpus(make("toxic", **given))
+    once = list(asked)
+    stage = prepare_corpus(make("toxic", **given))
+    assert asked == once and sum(once) == stage.metrics()["toxicity"]["scored"]
+    (report,) = counted(stage)
+    plain_part, instruct = report["parts"]
+    bad = {row["text"] for row in rows if row["where"] == "wiki" and "insulto" in row["text"]}
+    assert plain_part["rejected"]["toxic"] == len(bad) > 5 and "toxic" not in instruct["rejected"]
+    kept = {row["text"] for side in SIDES for row in documents(stage, "corpus", side)}
+    assert not bad & kept and any("insulto" in document for document in kept)
+    chosen = [row for row in stage.metrics()["toxicity"]["sensitivity"] if row["threshold"] == 0.0]
+    assert [(row["source"], row["rejected"]) for row in chosen] == [("mixed", len(bad))]
+
+
+def test_a_classifier_that_cannot_be_had_is_said_and_one_that_cannot_work_stops_first(make, tmp_path, monkeypatch):
+    settings = {"model": "some/model", "threshold": 0.0, "max_length": 8, "batch_size": 4}
+    given = {"filters": {"all": {"min_words": 5, "near_duplicates": True, "toxicity": True}}, "toxicity": settings}
+    stage = prepare_corpus(make("skipped", **given))
+    said = stage.metrics()["toxicity"]
+    assert not said["ran"] and "some/model" in said["why"]
+    assert said["why"] in (stage.folder / "data_sheet.md").read_text(encoding="utf-8")
+    model = toxic.save(toxic.build(), tmp_path / "model")
+    monkeypatch.setattr(corpus.sources, "open_source", lambda *_: pytest.fail("it began to read"))
+    with pytest.raises(ParameterError, match="max_length"):
+        prepare_corpus(make("long", **given | {"toxicity": settings | {"model": str(model), "max_length": 999}}))
