@@ -46,7 +46,7 @@ PART_SCHEMA = pa.schema([*_COMMON, ("part", pa.string()), ("side", pa.string()),
 # what is read between two places to go on from, and what a worker is given at a time
 PART_CHARACTERS, PART_DOCUMENTS, BATCH_CHARACTERS, BATCH_ROWS = 2**26, 2**17, 2**20, 512
 # what the mark of a document says, in the order of looking
-MARKS = ("kept", "exact duplicate", "near duplicate", "same words as a held-out text", "toxic")
+MARKS = ("kept", *datasheet.LATER)
 KEPT, EXACT, NEAR, HELD_OUT, TOXIC = range(5)
 
 

@@ -11,6 +11,8 @@ from ttl_utils.errors import TTLError
 from ttl_utils.files import write_text
 from ttl_utils.schema import Source
 
+# why a document that was judged good is rejected after all, in the order of looking
+LATER = ("exact duplicate", "near duplicate", "same words as a held-out text", "toxic")
 # the first number of words of each bin: four bins to a factor of ten
 LENGTH_BINS = [0, *sorted({round(10 ** (step / 4)) for step in range(25)})]
 
@@ -70,8 +72,7 @@ def _part(source: str, name: str, kept: Counter, counts: Counter) -> dict:
         return kept[what, source, name]
 
     rejected = {key[2]: count for key, count in counts.items() if key[:2] == ("rejected", name)}
-    later = ("exact duplicate", "near duplicate", "same words as a held-out text", "toxic")
-    rejected |= {what: mine(what) for what in later if mine(what)}
+    rejected |= {what: mine(what) for what in LATER if mine(what)}
     return {
         "documents_in": counts["documents_in", name],
         "characters_in": counts["characters_in", name],
