@@ -38,7 +38,10 @@ GROUPS = {
     "06_carbon_report": ("report",),
 }
 # the keys that may change while a stage is under way: said here again, so that a new one is a decision
-LOOP = "per_device_train_batch_size device precision attention compile logging_steps save_steps resumable_checkpoints"
+LOOP = (
+    "per_device_train_batch_size device precision attention compile gradient_checkpointing optim "
+    "logging_steps log_with save_steps resumable_checkpoints save_total_limit resume_from_checkpoint max_hours copy_to"
+)
 FREE = {
     "data.shard_mb",
     "data.workers",
@@ -48,6 +51,7 @@ FREE = {
     "tokenizer.shard_tokens",
     *(f"{section}.{key}" for section in ("pretraining", "chat") for key in LOOP.split()),
     *(f"pretraining.{key}" for key in ("eval_steps", "eval_tokens", "prompts", "max_new_tokens")),
+    *(f"pretraining.{key}" for key in ("init_from", "init_revision", "init_schedule", "search_steps")),
     "evaluation.batch_size",
     "carbon.measure_power_s",
 }

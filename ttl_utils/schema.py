@@ -320,15 +320,28 @@ class Optimisation(Section):
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = free()
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = free()
     compile: bool = free()
+    gradient_checkpointing: bool = free(False)
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = free("adamw_torch_fused")
     logging_steps: Positive = free()
+    log_with: list[str] = free([])
     save_steps: Positive = free()
     resumable_checkpoints: Positive = free()
+    save_total_limit: Positive | None = free(None)
+    resume_from_checkpoint: Annotated[int, Field(ge=0)] | None = free(None)
+    max_hours: Annotated[float, Field(gt=0)] | None = free(None)
+    copy_to: str | None = free(None)
 
 
 class Pretraining(Optimisation):
     max_steps: Positive
+    seed: int | None = None
     block_size: Annotated[int, Field(ge=8)] | None
     isolate_documents: bool
+    # the weights' hash is the identity, not the place they came from
+    init_from: str | None = free(None)
+    init_revision: str | None = free(None)
+    init_schedule: Literal["new", "same", "longer"] = free("new")
+    search_steps: Positive | None = free(None)
     eval_steps: Positive = free()
     eval_tokens: Positive | None = free()
     prompts: list[str] = free()
