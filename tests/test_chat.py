@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from ttl_utils import chat as ch
 from ttl_utils.errors import TTLError
 from ttl_utils.files import read_json
+from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import Hardware, new_model
 from ttl_utils.params import load_params
 from ttl_utils.pretraining import pretrain
+from ttl_utils.records import read_records
 from ttl_utils.tokenizer import load_tokenizer
-from ttl_utils.training import IGNORED, read_records, summed_loss
 
 # two threads that wait for each other cost more than such small matrices
 torch.set_num_threads(1)

@@ -10,13 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import SafetensorError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from ttl_utils import checkpoints as cp
-from ttl_utils.errors import DamagedFile
+from ttl_utils import tensors
+from ttl_utils.errors import DamagedFile, TTLError
+from ttl_utils.files import sha256
 from ttl_utils.model import new_model
+from ttl_utils.step import make_optimizer
 from ttl_utils.tokenizer import load_tokenizer
-from ttl_utils.training import make_optimizer
 
 OPTIMIZER = cp.OPTIMIZER
 
@@ -95,6 +99,56 @@ def test_transformers_opens_the_folder(made, folder):
     assert (path / "tokenizer.model").is_file()
 
 
+@settings(max_examples=50, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8),
+        st.tuples(
+            st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]), st.lists(st.integers(1, 5), max_size=3)
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.booleans(),
+)
+def test_a_tensor_file_is_the_librarys(tmp_path_factory, shapes, is_model):
+    folder, metadata = tmp_path_factory.mktemp("tensors"), {"format": "pt"} if is_model else None
+    values = {name: (200 * torch.rand(shape)).to(dtype) for name, (dtype, shape) in shapes.items()}
+    save_file(values, folder / "theirs", metadata)
+    assert tensors.write_tensors(folder / "ours", values, metadata) == sha256(folder / "ours")
+    assert (folder / "ours").read_bytes() == (folder / "theirs").read_bytes()
+
+
+def test_large_tensors_of_any_layout_are_written_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "_PIECE", 1000)
+    values = {"turned": torch.rand(300, 7).T, "weights": torch.nn.Parameter(torch.rand(5001))}
+    tensors.write_tensors(tmp_path / "ours", values)
+    loaded = load_file(tmp_path / "ours")
+    assert all(torch.equal(loaded[name], values[name]) for name in values)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_folder_is_what_save_pretrained_writes(made, tmp_path, tied):
+    small = made.small.model_copy(update={"tie_word_embeddings": tied})
+    model = new_model(small, made.tokenizer, seed=0, attention="sdpa")
+    path = cp.save_checkpoint(tmp_path, 1, model, made.tokenizer, make_optimizer(model, made.settings), {})
+    for expected in cp.save_model_folder(model, made.tokenizer, tmp_path / "model"):
+        assert (path / expected.name).read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_the_optimizers_state_is_in_memory_and_where_it_belongs(made, folder, optim):
+    model = new_model(made.small, made.tokenizer, seed=1, attention="sdpa")
+    optimizer = make_optimizer(model, made.settings.model_copy(update={"optim": optim}))
+    cp.load_checkpoint(folder / "step-0000003", model, optimizer)
+    flip(folder / "step-0000003" / OPTIMIZER)
+    for one, other in zip(made.model.parameters(), model.parameters(), strict=True):
+        kept, loaded = made.optimizer.state[one], optimizer.state[other]
+        assert all(torch.equal(kept[key], loaded[key]) for key in kept)
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(folder) not in maps.read_text()
+
+
 def test_checkpoints_stand_in_the_order_of_steps(tmp_path):
     steps = (9_999_999, 10_000_000, 5)
     for step in steps:
@@ -104,43 +158,40 @@ def test_checkpoints_stand_in_the_order_of_steps(tmp_path):
     assert [cp.step_of(path) for path in cp.list_checkpoints(tmp_path)] == sorted(steps)
 
 
-@pytest.mark.parametrize("fails_at", ["model", OPTIMIZER, "random.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("fails_at", ["model", cp.WEIGHTS, OPTIMIZER, cp.RANDOM, "checkpoint.json"])
 @pytest.mark.parametrize("step", [3, 4], ids=["again", "new"])
 def test_a_failure_while_saving_leaves_the_old_ones_alone(made, folder, monkeypatch, fails_at, step):
     before = content(folder)
 
-    def failing(original, place):
-        def save(value, path, *arguments, **options):
-            if Path(path).name == fails_at:
-                Path(path).write_bytes(b"half")
+    def failing(original):
+        def write(path, *arguments):
+            if path.name == fails_at:
+                path.write_bytes(b"half")
                 raise KeyboardInterrupt
-            return original(value, path, *arguments, **options)
+            return original(path, *arguments)
 
-        return save if place else (lambda path, value: save(value, path))
+        return write
 
     if fails_at == "model":
-        monkeypatch.setattr(made.model, "save_pretrained", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(made.model, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     else:
-        import safetensors.torch
-
-        monkeypatch.setattr(safetensors.torch, "save_file", failing(safetensors.torch.save_file, True))
-        write = cp.write_json
-        monkeypatch.setattr(cp, "write_json", failing(lambda value, path: write(path, value), False))
+        monkeypatch.setattr(tensors, "write_tensors", failing(tensors.write_tensors))
+        monkeypatch.setattr(cp, "write_json", failing(cp.write_json))
     with pytest.raises(KeyboardInterrupt):
         save(made, folder, step)
     assert content(folder) == before
     assert cp.newest_whole(folder) == folder / "step-0000003"
 
 
-def test_a_full_disk_is_told_as_one(made, folder, monkeypatch):
-    import safetensors.torch
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_a_full_disk_is_told_as_one_and_keeps_the_old(made, folder, monkeypatch):
+    before, opened = content(folder), Path.open
 
-    def full(*_, **__):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(path, *arguments, **options):
+        return opened(Path("/dev/full") if path.name == OPTIMIZER else path, *arguments, **options)
 
-    before = content(folder)
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left") as caught:
+        patch.setattr(Path, "open", full)
         save(made, folder, 4)
     assert caught.value.errno == errno.ENOSPC
     assert content(folder) == before
@@ -239,3 +290,154 @@ def test_thinning_goes_on_where_a_kill_left_off_and_past_a_damaged_one(folder):
     assert not (folder / "step-0000002" / OPTIMIZER).exists()
     assert (folder / "step-0000001" / OPTIMIZER).exists()
     cp.check(folder / "step-0000002")
+
+
+# retention
+
+
+def names(folder):
+    return [path.name for path in cp.list_checkpoints(folder)]
+
+
+def test_only_the_newest_are_kept_in_all(folder):
+    cp.thin_out(folder, 2, 2)
+    assert names(folder) == ["step-0000002", "step-0000003"]
+    cp.thin_out(folder, 2, 1)
+    assert names(folder) == ["step-0000003"]
+    assert len(list(folder.iterdir())) == 1
+    assert cp.newest_whole(folder).name == "step-0000003"
+
+
+def test_the_only_one_to_go_on_from_stays(folder):
+    for name in ("step-0000002", "step-0000003"):
+        (folder / name / OPTIMIZER).unlink()
+    cp.thin_out(folder, 1, 1)
+    assert names(folder) == ["step-0000001", "step-0000003"]
+    assert cp.resumable(folder) == [folder / "step-0000001"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.lists(st.booleans(), min_size=1, max_size=7), st.integers(1, 4), st.integers(1, 8) | st.none())
+def test_retention_keeps_what_it_says(tmp_path_factory, data, with_optimizer, keep, limit):
+    folder = tmp_path_factory.mktemp("many")
+    for step, has in enumerate(with_optimizer):
+        path = folder / cp.name_of(step)
+        path.mkdir()
+        (path / "checkpoint.json").write_text(json.dumps({OPTIMIZER: "x"} if has else {}))
+        if has:
+            (path / OPTIMIZER).write_text("")
+    resumable = [step for step, has in enumerate(with_optimizer) if has]
+    everything = list(range(len(with_optimizer)))
+    cp.thin_out(folder, keep, limit)
+    kept = set(everything if limit is None else everything[-limit:]) | set(resumable[-1:])
+    assert [cp.step_of(path) for path in cp.list_checkpoints(folder)] == sorted(kept)
+    assert [cp.step_of(path) for path in cp.resumable(folder)] == [s for s in resumable[-keep:] if s in kept]
+    assert not list(folder.glob(".*"))
+    before = content(folder)
+    cp.thin_out(folder, keep, limit)
+    assert content(folder) == before
+
+
+def test_a_kill_while_one_is_deleted_leaves_nothing_that_looks_whole(made, folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(KeyboardInterrupt) if path.exists() else 0
+        )
+        with pytest.raises(KeyboardInterrupt):
+            cp.thin_out(folder, 2, 2)
+    assert names(folder) == ["step-0000002", "step-0000003"]
+    assert (folder / ".step-0000001.old.partial").is_dir()
+    save(made, folder, 4)
+    assert not list(folder.glob(".*"))
+
+
+def test_what_takes_the_place_of_another_is_never_half_there(folder, monkeypatch):
+    new = shutil.copytree(folder / "step-0000002", folder / ".step-0000003.partial")
+    rename = cp.os.rename
+
+    def killed(old, new):
+        if Path(new).name == "step-0000003":
+            raise KeyboardInterrupt
+        rename(old, new)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cp.os, "rename", killed)
+        cp.swap(folder / "step-0000003", new)
+    assert names(folder) == ["step-0000001", "step-0000002"]
+    assert cp.newest_whole(folder).name == "step-0000002"
+
+
+# going back to an earlier step
+
+
+def set_aside(folder):
+    return sorted(path.name for path in folder.glob("step-*.*"))
+
+
+def test_a_run_goes_back_once_and_then_on(made, folder, capsys):
+    (folder.parent / "metrics.jsonl").write_text("the curve so far")
+    assert cp.newest_whole(folder, 1).name == "step-0000001"
+    assert names(folder) == ["step-0000001"]
+    assert set_aside(folder) == ["step-0000002.later", "step-0000003.later"]
+    assert "step-0000002 is kept as step-0000002.later" in capsys.readouterr().out
+    assert (folder / "step-0000003.later" / "metrics.jsonl").read_text() == "the curve so far"
+    # nothing made since, and nothing said
+    assert cp.newest_whole(folder, 1).name == "step-0000001"
+    assert capsys.readouterr().out == ""
+    # killed and run again by the same command, twice
+    save(made, folder, 2)
+    assert cp.newest_whole(folder, 1).name == "step-0000002"
+    assert "resume_from_checkpoint 1: done before" in capsys.readouterr().out
+    save(made, folder, 4)
+    assert cp.newest_whole(folder, 1).name == "step-0000004"
+    assert set_aside(folder) == ["step-0000002.later", "step-0000003.later"]
+
+
+def test_another_step_or_a_run_without_one_makes_it_count_again(made, folder):
+    cp.newest_whole(folder, 2)
+    save(made, folder, 3)
+    assert cp.newest_whole(folder, 1).name == "step-0000001"
+    save(made, folder, 3)
+    assert cp.newest_whole(folder, None).name == "step-0000003"
+    assert cp.newest_whole(folder, 1).name == "step-0000001"
+    wanted = ["step-0000002.later", "step-0000003.later", "step-0000003.later-2", "step-0000003.later-3"]
+    assert set_aside(folder) == wanted
+    for path in folder.glob("*.later*"):
+        cp.check(path)
+
+
+def test_a_kill_while_going_back_is_made_good(folder, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cp, "write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        cp.newest_whole(folder, 1)
+    assert cp.newest_whole(folder, 1).name == "step-0000001"
+    assert set_aside(folder) == ["step-0000002.later", "step-0000003.later"]
+
+
+def test_step_0_is_the_start(made, folder):
+    assert cp.newest_whole(folder, 0) is None
+    assert len(set_aside(folder)) == 3
+    save(made, folder, 2)
+    assert cp.newest_whole(folder, 0).name == "step-0000002"
+    # a run that has nothing yet
+    assert cp.newest_whole(folder.parent / "other", 0) is None
+
+
+def test_a_step_that_cannot_be_gone_back_to_changes_nothing(folder):
+    cp.thin_out(folder, 2)
+    flip(folder / "step-0000002" / OPTIMIZER)
+    before = content(folder)
+    for step, wanted in ((1, "has no optimizer state any more"), (2, "is damaged"), (7, "is not there")):
+        with pytest.raises(TTLError, match=rf"resume_from_checkpoint {step}: .*{wanted}.* go on from: 2, 3; 0 is"):
+            cp.newest_whole(folder, step)
+        assert content(folder) == before
+    with pytest.raises(TTLError, match="go on from: none; 0 is the start"):
+        cp.newest_whole(folder.parent / "other", 4)
+
+
+def test_nothing_damaged_is_thrown_away(made, folder):
+    for _ in range(2):
+        flip(folder / "step-0000003" / "model.safetensors")
+        assert cp.newest_whole(folder).name == "step-0000002"
+        save(made, folder, 3)
+    assert set_aside(folder) == ["step-0000003.damaged", "step-0000003.damaged-2"]

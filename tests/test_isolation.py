@@ -11,11 +11,11 @@ import torch
 from ttl_utils import pretraining
 from ttl_utils.blocks import step_indices
 from ttl_utils.files import sha256
+from ttl_utils.loss import summed_loss
 from ttl_utils.model import Hardware, choose_hardware, new_model
 from ttl_utils.params import load_params
 from ttl_utils.pretraining import block_steps, pretrain, token_blocks
 from ttl_utils.tokenizer import load_tokenizer
-from ttl_utils.training import summed_loss
 
 pytestmark = pytest.mark.usefixtures("no_energy")
 torch.set_num_threads(1)

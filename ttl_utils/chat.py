@@ -17,11 +17,14 @@ from ttl_utils.corpus import documents
 from ttl_utils.errors import TTLError
 from ttl_utils.evaluation import load_model
 from ttl_utils.files import write_json
+from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import choose_hardware
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Chat
+from ttl_utils.session import Loop
+from ttl_utils.step import Step
 from ttl_utils.tokenizer import load_tokenizer
-from ttl_utils.training import IGNORED, Loop, Step, summed_loss, train
+from ttl_utils.training import train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

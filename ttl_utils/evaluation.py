@@ -17,11 +17,11 @@ from ttl_utils.downstream import fine_tune, load_downstream
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.files import read_json, write_json
 from ttl_utils.harness import run_harness
+from ttl_utils.loss import summed_loss
 from ttl_utils.model import choose_hardware
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.tokenizer import load_tokenizer
-from ttl_utils.training import summed_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -10,9 +9,10 @@ import pandas as pd
 from matplotlib.ticker import FuncFormatter
 
 from ttl_utils import paper
-from ttl_utils.progress import in_notebook
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -41,7 +41,7 @@ plt.rcParams.update(STYLE)
 
 
 @FuncFormatter
-def _thousands(value: float, _: int) -> str:
+def thousands(value: float, _: int) -> str:
     """Tick labels such as 200k, 1.5M and 10B."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
@@ -55,7 +55,10 @@ def subplots(columns: int = 1, width: float | None = None, height: float = 3.4) 
 
 def save(figure: Figure, run: Run, name: str, data: pd.DataFrame) -> Figure:
     """Write `figures/<name>.png`, `.svg` and the data as `.csv`, and return the figure for the notebook to show."""
-    folder = run.figures
+    return save_in(run.figures, figure, name, data)
+
+
+def save_in(folder: Path, figure: Figure, name: str, data: pd.DataFrame) -> Figure:
     folder.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "svg"):
         figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
@@ -69,76 +72,6 @@ def _bar_labels(axes: Axes, bars: Any, form: str) -> None:
     axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
 
 
-class LiveCurve:
-    """The loss while a run goes on: one figure that updates in place, at most every `every_s` seconds."""
-
-    def __init__(self, title: str, every_s: float = 5.0):
-        self.title, self.every_s = title, every_s
-        self.handle: Any = None
-        self.next_show = 0.0
-
-    def __call__(self, records: list[dict]) -> None:
-        # an evaluation is drawn at once: there are few, and the last one ends the run
-        if not in_notebook() or (time.monotonic() < self.next_show and "validation_loss" not in records[-1]):
-            return
-        from IPython.display import display
-
-        figure = loss_curve(records, self.title)
-        plt.close(figure)
-        if self.handle is None:
-            self.handle = display(figure, display_id=True)
-        else:
-            self.handle.update(figure)
-        self.next_show = time.monotonic() + self.every_s
-
-
-def loss_curve(records: list[dict], title: str) -> Figure:
-    """Training and validation loss over tokens seen."""
-    rows = pd.DataFrame(records)
-    figure, axes = subplots()
-    if "loss" in rows:
-        trained = rows.dropna(subset="loss")
-        axes.plot(trained.tokens, trained.loss, color=LIGHT, lw=1.2, label="training")
-    if "validation_loss" in rows:
-        held_out = rows.dropna(subset="validation_loss")
-        axes.plot(held_out.tokens, held_out.validation_loss, "o-", color=OURS, ms=4, lw=1.4, label="validation")
-    axes.set(title=title, xlabel="tokens seen", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_formatter(_thousands)
-    axes.legend()
-    return figure
-
-
-def pretraining(run: Run, records: list[dict]) -> Figure:
-    """Our loss, and the published one at its own scale beside it."""
-    figure, (left, right) = subplots(2)
-    rows = pd.DataFrame(records)
-    trained, held_out = rows.dropna(subset="loss"), rows.dropna(subset="validation_loss")
-    left.plot(trained.tokens, trained.loss, color=LIGHT, lw=1.2, label="training")
-    left.plot(held_out.tokens, held_out.validation_loss, "o-", color=OURS, ms=4, lw=1.4, label="validation")
-    left.set(title=f"Ours ({run.name})", xlabel="tokens seen", ylabel="loss (nats per token)")
-    smoothed, logged = paper.table("train_loss_smoothed"), paper.table("evaluation_log")
-    for size, colour in (("160m", PAPER_2), ("460m", PAPER)):
-        curve, points = smoothed[smoothed["size"] == size], logged[logged["size"] == size]
-        right.plot(curve.step * 8192, curve.loss, color=colour, lw=1.2, alpha=0.7, label=f"{size}, training")
-        right.plot(points.tokens, points.loss, "o", color=colour, ms=4, label=f"{size}, evaluation")
-    right.set(title="Published (figure 1(a) and logs; another vocabulary)", xlabel="tokens seen")
-    for axes in (left, right):
-        axes.xaxis.set_major_formatter(_thousands)
-        axes.legend()
-    return save(figure, run, "03_loss", rows)
-
-
-def speed(run: Run, records: list[dict]) -> Figure:
-    rows = pd.DataFrame(records).dropna(subset="tokens_per_second")
-    figure, (left, right) = subplots(2, height=2.8)
-    left.plot(rows.step, rows.tokens_per_second, color=OURS, lw=1.2)
-    left.set(title="Throughput", xlabel="step", ylabel="tokens per second", ylim=(0, None))
-    left.yaxis.set_major_formatter(_thousands)
-    right.plot(rows.step, rows.learning_rate, color=OURS, lw=1.4)
-    right.set(title="Learning rate", xlabel="step", ylabel="learning rate")
-    return save(figure, run, "03_speed", rows[["step", "tokens_per_second", "learning_rate"]])
-
-
 def checkpoints(run: Run, rows: list[dict], by_source: dict[str, dict]) -> Figure:
     """Perplexity over checkpoints, and bits per byte of each source."""
     table = pd.DataFrame(rows)
@@ -147,7 +80,7 @@ def checkpoints(run: Run, rows: list[dict], by_source: dict[str, dict]) -> Figur
     left.set(
         title="Held-out text, every checkpoint", xlabel="tokens seen", ylabel="perplexity (log scale)", yscale="log"
     )
-    left.xaxis.set_major_formatter(_thousands)
+    left.xaxis.set_major_formatter(thousands)
     bits = pd.Series({name: values["bits_per_byte"] for name, values in by_source.items()}).sort_values()
     _bar_labels(right, right.barh(bits.index, bits.values, color=OURS), "%.2f")
     right.set(title="Final model, by source", xlabel="bits per byte (fewer is better)")
@@ -166,11 +99,6 @@ def scores_beside_chance(run: Run, rows: pd.DataFrame) -> Figure:
     axes.set(title="Scores beside a constant answer", xlabel="score (%); whiskers: one standard error", xlim=(0, 100))
     figure.legend(loc="outside lower center", ncols=2)
     return save(figure, run, "04_scores", rows)
-
-
-def chat_curve(run: Run, records: list[dict]) -> Figure:
-    figure = loss_curve(records, "Chat fine-tuning: loss on the answers")
-    return save(figure, run, "05_chat_loss", pd.DataFrame(records))
 
 
 def energy_by_stage(run: Run, totals: pd.DataFrame) -> Figure:

@@ -35,6 +35,12 @@ class Params:
     def run_name(self) -> str:
         return self.values.run or self.values.size
 
+    @property
+    def pretraining_seed(self) -> int:
+        """The seed of weights and data order: the run's, where the section names none."""
+        seed = self.values.pretraining.seed
+        return self.values.seed if seed is None else seed
+
     def flat(self) -> dict[str, Any]:
         """Every leaf by its dotted name; a list is one leaf."""
         return dict(_leaves(self.values.model_dump()))

@@ -16,7 +16,7 @@ import yaml
 
 from ttl_utils.errors import ParameterError, StageConflict, TTLError
 from ttl_utils.files import read_json
-from ttl_utils.params import Params, bundled, load_params, read_file
+from ttl_utils.params import bundled, load_params, read_file
 from ttl_utils.progress import clock
 from ttl_utils.run import STAGES, Run, Stage, outputs_folder
 
@@ -199,20 +199,28 @@ def pretrain_without_notebook(arguments: argparse.Namespace) -> None:
 
 
 def show_plan(arguments: argparse.Namespace) -> None:
-    from ttl_utils.model import count_parameters, flops_per_token, parameters_by_part
-    from ttl_utils.planning import TOKENS_PER_PARAMETER, chinchilla_loss
+    from ttl_utils.planning import report
 
-    params: Params = load_params(given_values(arguments))
-    vocab_size, tokens = params.tokenizer.vocab_size, params.pretraining.max_steps * params.pretraining.tokens_per_step
-    count = count_parameters(params.model, vocab_size)
-    for part, number in parameters_by_part(params.model, vocab_size).items():
-        print(f"{part:18} {number:>15,}")
-    print(f"{'parameters':18} {count:>15,}")
-    print(f"{'tokens':18} {tokens:>15,}  ({tokens / count:.1f} per parameter; the rule: {TOKENS_PER_PARAMETER})")
-    flops = flops_per_token(params.model, vocab_size)
-    print(f"{'FLOPs per token':18} {flops['convention']:>15.3e}  (executed: {flops['executed']:.3e})")
-    print(f"{'FLOPs in all':18} {flops['convention'] * tokens:>15.3e}")
-    print(f"{'Chinchilla loss':18} {chinchilla_loss(count, tokens):>15.2f}  (by the law as the paper prints it)")
+    names = ("gpu", "usd_per_hour", "utilisation", "budget", "brl_per_usd", "unique_tokens")
+    print(report(load_params(given_values(arguments)), **{name: getattr(arguments, name) for name in names}))
+
+
+def search_configurations(arguments: argparse.Namespace) -> None:
+    from ttl_utils.search import search_command
+
+    search_command(Run(load_params(given_values(arguments))), arguments.steps)
+
+
+def compare_runs(arguments: argparse.Namespace) -> None:
+    from ttl_utils.comparison import compare_command
+
+    compare_command(arguments.runs)
+
+
+def run_sweep(arguments: argparse.Namespace) -> None:
+    from ttl_utils.sweep import sweep_command
+
+    sweep_command(arguments.size, arguments.file, arguments.base)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -233,7 +241,23 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--to", dest="last", metavar="STAGE", help="last stage, as in 05")
     run.add_argument("--force", action="store_true", help="move a stage made otherwise aside, and make it anew")
     sized("pretrain", pretrain_without_notebook, "stage 03 without its notebook: same folder, same weights")
-    sized("plan", show_plan, "parameters, tokens and FLOPs of a size")
+    plan = sized("plan", show_plan, "what a size takes, or what a budget buys: memory, hours, cost, energy")
+    plan.add_argument("--gpu", help="such as T4, L4, A100-40GB, H100-SXM or RTX-4090; default: all that are known")
+    plan.add_argument("--usd-per-hour", type=float, help="price of that GPU")
+    plan.add_argument("--utilisation", type=float, help="share of the GPU's peak, by 6N + 12 layers x hidden x context")
+    plan.add_argument("--budget", metavar="AMOUNT", help='such as "500 USD", "2500 BRL" or "40 kg" (of CO2 equivalent)')
+    plan.add_argument("--brl-per-usd", type=float, help="for a budget in BRL")
+    plan.add_argument("--unique-tokens", type=float, help="tokens of the corpus; default: those of the published one")
+    search = sized("search", search_configurations, "time precision, attention, batch split and more on this machine")
+    search.add_argument("--steps", type=int, default=3, help="timed steps of each configuration")
+    compare = commands.add_parser("compare", help="runs beside each other: parameters, curves, figures, one table")
+    compare.add_argument("runs", nargs="+", metavar="RUN")
+    compare.set_defaults(call=compare_runs)
+    sweep = commands.add_parser("sweep", help="pretrain a list of variants, one after another")
+    sweep.add_argument("size", help="a size, or the path of a parameter file")
+    sweep.add_argument("file", help="a YAML list of overrides")
+    sweep.add_argument("--base", help="the run whose corpus and tokenizer all of them use; default: the size's")
+    sweep.set_defaults(call=run_sweep)
     status = commands.add_parser("status", help="what is made, and what is under way")
     status.add_argument("run", nargs="?")
     status.set_defaults(call=show_status)

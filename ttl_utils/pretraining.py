@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import math
 import os
+import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ttl_utils import carbon
+from ttl_utils import carbon, devices
 from ttl_utils.blocks import TokenBlocks, step_indices
 from ttl_utils.checkpoints import save_model_folder
 from ttl_utils.errors import TTLError
 from ttl_utils.evaluation import perplexity
 from ttl_utils.files import write_text
-from ttl_utils.model import choose_hardware, count_parameters, flops_per_token, new_model
+from ttl_utils.health import findings
+from ttl_utils.initial import lineage, starting_point
+from ttl_utils.model import choose_hardware, count_parameters, flops_per_token
+from ttl_utils.records import read_records
 from ttl_utils.run import Run, Stage
+from ttl_utils.session import Loop
+from ttl_utils.step import Step
 from ttl_utils.tokenizer import load_tokenizer
-from ttl_utils.training import Loop, Step, read_records, train
+from ttl_utils.training import train
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,7 +51,7 @@ def block_steps(blocks: TokenBlocks, run: Run) -> Callable[[int, Accelerator], S
     either way, a document's first one too: it is predicted from the end of the document before, and from nothing else,
     so it says where that document ends.
     """
-    settings, seed = run.params.pretraining, run.params.seed
+    settings, seed = run.params.pretraining, run.params.pretraining_seed
     rows = settings.tokens_per_step // blocks.block_size
 
     def get_step(step: int, accelerator: Accelerator) -> Step:
@@ -98,7 +104,11 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
         tokenizer = load_tokenizer(tokens.folder)
         blocks, held_out = token_blocks(run, "train"), token_blocks(run, "test")
         text_bytes = tokens.metrics()["test_bytes"]
-        model = new_model(run.params.model, tokenizer, run.params.seed, hardware.attention)
+        start = starting_point(run, tokenizer, hardware.attention)
+        model = start.model
+        main = int(os.environ.get("RANK", "0")) == 0
+        peak = devices.peak(hardware) if main else devices.Peak(None, "unknown device")
+        print(f"peak: {peak.source}")
         samples = stage.folder / "samples.jsonl"
 
         def evaluate(model: Any, step: int) -> dict:
@@ -136,25 +146,38 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
                 eval_steps=settings.eval_steps,
                 evaluate=evaluate,
                 on_record=on_record,
+                flops_per_token=flops_per_token(run.params.model, len(tokenizer), blocks.block_size)["convention"],
+                peak=peak,
+                start=start.checkpoint,
+                lineage=lineage(run),
+                run=run.name,
+                config=run.params.flat(),
             ),
         )
-        if int(os.environ.get("RANK", "0")) == 0:
+        if main:
             energy.sample()
             outputs = {
                 "model": save_model_folder(model, tokenizer, stage.folder / "model"),
                 "curve": [stage.folder / "metrics.jsonl"],
             }
-            stage.finish(_metrics(run, records, energy, earlier, hardware, blocks, tokenizer), outputs)
+            stage.finish(_metrics(run, records, energy, earlier, hardware, peak, blocks, tokenizer), outputs)
     return stage
 
 
 def _metrics(
-    run: Run, records: list[dict], energy: Any, earlier: tuple, hardware: Any, blocks: TokenBlocks, tokenizer: Any
+    run: Run,
+    records: list[dict],
+    energy: Any,
+    earlier: tuple,
+    hardware: Any,
+    peak: devices.Peak,
+    blocks: TokenBlocks,
+    tokenizer: Any,
 ) -> dict:
     settings, model = run.params.pretraining, run.params.model
     logged = [row for row in records if "loss" in row]
     evaluated = [row for row in records if "validation_loss" in row]
-    speeds = sorted(row["tokens_per_second"] for row in logged)
+    speed = statistics.median(row["tokens_per_second"] for row in logged)
     seen, unique = records[-1]["tokens"], len(blocks) * blocks.block_size
     flops = flops_per_token(model, len(tokenizer), blocks.block_size)
     return {
@@ -169,8 +192,14 @@ def _metrics(
         "validation_loss": evaluated[-1]["validation_loss"],
         "validation_perplexity": evaluated[-1]["perplexity"],
         "bits_per_byte": evaluated[-1]["bits_per_byte"],
-        "tokens_per_second": speeds[len(speeds) // 2],
-        "flops_per_second": speeds[len(speeds) // 2] * flops["convention"],
+        "tokens_per_second": speed,
+        "flops_per_second": speed * flops["convention"],
+        "peak_flops_per_second": peak.flops_per_second,
+        "peak_source": peak.source,
+        "data_share": statistics.median(row["data_share"] for row in logged),
+        "findings": [
+            asdict(found) for found in findings(records, vocab_size=len(tokenizer), warmup_steps=settings.warmup_steps)
+        ],
         "flops_per_token": flops,
         "energy_kwh": earlier[0] + energy.energy_kwh,
         "emissions_kg": earlier[1] + energy.emissions_kg,

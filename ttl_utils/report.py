@@ -8,8 +8,8 @@ import pandas as pd
 
 from ttl_utils import carbon, paper
 from ttl_utils.files import write_text
+from ttl_utils.records import read_records
 from ttl_utils.run import STAGES, Run, Stage
-from ttl_utils.training import read_records
 
 
 def stage_energy_table(run: Run) -> pd.DataFrame:

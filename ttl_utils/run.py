@@ -163,7 +163,16 @@ class Stage:
             identity[f"input {name}"] = source.manifest()["outputs"][group]["fingerprint"] if source.finished else None
         if self.definition.report:
             identity["input energy"] = self.run_ledger_fingerprint()
+        if "pretraining" in self.definition.sections and params.pretraining.init_from:
+            from ttl_utils.initial import fingerprint
+
+            identity["initial weights"] = fingerprint(params, self._recorded().get("initial weights"))
         return json.loads(json.dumps(identity))
+
+    def _recorded(self) -> dict:
+        """The identity with which the work in this folder began; {} where it has not."""
+        path = self.folder / "stage.json"
+        return read_json(path)["identity"] if path.is_file() else {}
 
     def run_ledger_fingerprint(self) -> str | None:
         """Of what the ledgers hold for the stages before this report."""

@@ -19,7 +19,7 @@ PUBLISHED = {
     "size",
     "model",
     *(f"tokenizer.{name}" for name in ("vocab_size", "train_samples", "efficiency_words")),
-    *(f"pretraining.{name}" for name in (*_TABLE_3, "max_steps", "eval_steps", "save_steps")),
+    *(f"pretraining.{name}" for name in (*_TABLE_3, "max_steps", "eval_steps", "save_steps", "gradient_checkpointing")),
     "pretraining.per_device_train_batch_size",
     *(f"evaluation.downstream_{name}" for name in ("epochs", "batch_size", "learning_rate", "weight_decay")),
     *(f"chat.{name}" for name in (*_TABLE_3, "user_open", "user_close", "num_train_epochs")),
@@ -84,7 +84,7 @@ def is_paper_configuration(run: Run) -> str | None:
     if data.finished and any(source["from_mirror"] for source in data.metrics()["sources"]):
         return None
     flat = {**params.model.model_dump(), **params.pretraining.model_dump(), "vocab_size": params.tokenizer.vocab_size}
-    if params.tokenizer.source or params.pretraining.isolate_documents:
+    if params.tokenizer.source or params.pretraining.isolate_documents or params.pretraining.init_from:
         return None
     if params.pretraining.block_size not in (None, params.model.max_position_embeddings):
         return None

@@ -1,0 +1,36 @@
+"""The curve of a run: `metrics.jsonl`, a record a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Records:
+    """`metrics.jsonl`: one line a record; what lies after the checkpoint resumed from is dropped, to be made again."""
+
+    def __init__(self, path: Path, step: int, on_record: Callable[[list[dict]], None] | None, main: bool = True):
+        self.path, self.on_record = path, on_record
+        self.rows = [row for row in read_records(path) if row["step"] <= step and step > 0]
+        if not main:
+            return
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(partial, path)
+
+    def add(self, row: dict) -> None:
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.on_record:
+            self.on_record(self.rows)
+
+
+def read_records(path: Path) -> list[dict]:
+    """The whole lines of a metrics.jsonl; one that is being written is not whole yet."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
