@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttl_utils import files, health
-from ttl_utils.health import Finding, Health, explain_not_finite, findings
+from ttl_utils.explain import explain_not_finite
+from ttl_utils.health import Finding, Health, findings
 
 # two threads that wait for each other cost more than such small matrices
 torch.set_num_threads(1)
@@ -550,7 +551,7 @@ def test_an_explanation_is_whole_or_not_there(tmp_path, sick, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(health, "write_bytes", full)
+        patch.setattr("ttl_utils.explain.write_bytes", full)
         with pytest.raises(OSError, match="No space"):
             explain(tmp_path, sick)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]

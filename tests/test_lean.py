@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from ttl_utils import lean
 from ttl_utils.lean import make_lean
 from ttl_utils.loss import Learner
+from ttl_utils.model import checkpoint_activations
 
 torch.set_num_threads(1)
 VOCAB, CONTEXT = 60, 32
@@ -88,7 +89,7 @@ def test_each_value_is_transformers():
 def test_results_are_the_same(attention, tied, checkpointing):
     model, ours = (one.train() for one in pair(attention, tie_word_embeddings=tied))
     if checkpointing:
-        ours.gradient_checkpointing_enable()
+        checkpoint_activations(ours)
     for one, other in zip(results(model, input_ids=ids()), results(ours, input_ids=ids()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ttl_utils import budget, costs, devices, memory, planning
 from ttl_utils.errors import ParameterError
 from ttl_utils.lean import make_lean
+from ttl_utils.model import checkpoint_activations
 from ttl_utils.params import Params, load_params
 from ttl_utils.schema import Model
 
@@ -117,7 +118,7 @@ def kept(model: Model, precision: str, attention: str, checkpointing: bool) -> t
         torch.manual_seed(0)
         llama = make_lean(LlamaForCausalLM(config)).train()
     if checkpointing:
-        llama.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(llama)
     shapes = {tuple(shape) for p in llama.parameters() for shape in (p.shape, p.shape[::-1])}
     ids = torch.zeros(3, model.max_position_embeddings, dtype=torch.long)
     activations: dict[int, torch.UntypedStorage] = {}

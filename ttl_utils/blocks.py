@@ -212,7 +212,8 @@ def _read_starts(path: Path, tokens: int) -> np.ndarray:
     return starts
 
 
-@lru_cache(maxsize=4)
+# a batch straddles two epochs at most
+@lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, blocks: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(blocks)
 

@@ -81,6 +81,13 @@ def new_model(model: Model, tokenizer: PreTrainedTokenizerBase, seed: int, atten
     return made
 
 
+def checkpoint_activations(model: LlamaForCausalLM) -> None:
+    """Keep the layers' inputs alone, and compute the rest again in the backward pass (`gradient_checkpointing`)."""
+    # its name until transformers 5.23
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 @dataclass(frozen=True)
 class Hardware:
     """What the run uses, each choice with its reason."""

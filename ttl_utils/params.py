@@ -43,13 +43,13 @@ class Params:
 
     def flat(self) -> dict[str, Any]:
         """Every leaf by its dotted name; a list is one leaf."""
-        return dict(_leaves(self.values.model_dump()))
+        return dict(leaves(self.values.model_dump()))
 
 
-def _leaves(tree: Mapping, prefix: str = "") -> Any:
+def leaves(tree: Mapping, prefix: str = "") -> Any:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -127,24 +127,24 @@ def load_params(given: Mapping[str, Any]) -> Params:
             f"size: {overrides['size']!r} was asked for, but file {file!r} is of size {values.get('size')!r}: "
             f"set size to {values.get('size')!r} too, or leave file out"
         )
-    origins = dict.fromkeys((key for key, _ in _leaves(values)), file)
+    origins = dict.fromkeys((key for key, _ in leaves(values)), file)
     notes = _foreign_copy(values, overrides, file)
     for name, value in overrides.items():
         if name in SECTIONS:
             if not isinstance(value, Mapping):
                 raise ParameterError(f"{name}: expected keys and values, got {value!r}")
             values[name] = _merged(values.get(name) or {}, value)
-            leaves = _leaves(value, f"{name}.")
+            given_leaves = leaves(value, f"{name}.")
         else:
-            values[name], leaves = value, [(name, value)]
-        origins |= {key: "given" for key, item in leaves if _lookup(original, key) != item}
+            values[name], given_leaves = value, [(name, value)]
+        origins |= {key: "given" for key, item in given_leaves if _lookup(original, key) != item}
     values.setdefault("file", file)
     try:
         found = Parameters.model_validate(values)
     except ValidationError as error:
         raise ParameterError(_explain(error, file, origins)) from None
     # a key that stands nowhere has the schema's value
-    return Params(found, {key: origins.get(key, "default") for key, _ in _leaves(found.model_dump())}, notes)
+    return Params(found, {key: origins.get(key, "default") for key, _ in leaves(found.model_dump())}, notes)
 
 
 def _merged(old: Mapping, new: Mapping) -> dict:

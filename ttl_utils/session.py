@@ -24,10 +24,11 @@ from ttl_utils import checkpoints
 from ttl_utils.copies import Copies
 from ttl_utils.devices import Peak, gpu_readings
 from ttl_utils.errors import ParameterError, TTLError
-from ttl_utils.health import Health, explain_not_finite
+from ttl_utils.explain import explain_not_finite
+from ttl_utils.health import Health
 from ttl_utils.lean import make_lean
 from ttl_utils.loss import Learner
-from ttl_utils.model import Hardware
+from ttl_utils.model import Hardware, checkpoint_activations
 from ttl_utils.progress import Progress
 from ttl_utils.records import Records
 from ttl_utils.schema import Optimisation
@@ -103,7 +104,7 @@ class Session:
         self.folder = loop.folder / "checkpoints"
         model.to(self.accelerator.device)
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         optimizer = make_optimizer(model, settings)
         state = {"step": 0, "tokens": 0, "interval_losses": []}
         with self.accelerator.main_process_first():
@@ -124,7 +125,13 @@ class Session:
         self.health = Health(vocab_size=len(tokenizer), warmup_steps=settings.warmup_steps)
         for row in self.records.rows:
             self.health.see(row)
-        self.copies = Copies(settings.copy_to if self.main else None, loop.folder, loop.run)
+        self.copies = Copies(
+            settings.copy_to if self.main else None,
+            loop.folder,
+            loop.run,
+            settings.resumable_checkpoints,
+            settings.save_total_limit,
+        )
         status = loop.folder / "status.json" if self.main else None
         self.progress = Progress(loop.label, loop.max_steps, status, self.first_step)
         self.lock, self.closed = threading.RLock(), threading.Event()
@@ -229,18 +236,17 @@ class Session:
         """Save what explains it and stop; `first` is the step at which it was first seen."""
         if self.main:
             self.record(step, not_finite=what)
-            batch = self.get_step(first - 1, self.accelerator).micro_batches[0]
-            explained = explain_not_finite(
-                self.loop.folder,
-                step,
-                self.losses,
-                first,
-                self.plain,
-                self.optimizer.optimizer,
-                batch,
-                self.records.rows,
-            )
-            print(f"what explains it was saved in {explained}")
+            parts = self.get_step(first - 1, self.accelerator).micro_batches
+            batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            optimizer, rows = self.optimizer.optimizer, self.records.rows
+            try:
+                made = explain_not_finite(
+                    self.loop.folder, step, self.losses, first, self.plain, optimizer, batch, rows
+                )
+                print(f"what explains it was saved in {made}")
+            except OSError as error:
+                # a full disk must not hide why the run stops
+                print(f"what explains it could not be saved: {error}")
         newest = next((path.name for path in reversed(checkpoints.list_checkpoints(self.folder))), "none yet")
         raise TTLError(
             f"the {what} is not finite at step {first:,}: training has diverged; no checkpoint holds it (newest: "

@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 from ttl_utils.errors import MissingStage, ParameterError, TTLError
-from ttl_utils.params import Params, load_params
-from ttl_utils.params import _leaves as leaves
+from ttl_utils.params import Params, leaves, load_params
 from ttl_utils.progress import clock
 from ttl_utils.run import Run, outputs_folder
 

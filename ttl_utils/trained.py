@@ -15,7 +15,7 @@ from ttl_utils.errors import DamagedFile, MissingStage, TTLError
 from ttl_utils.figures_pretraining import smoothed, smoothing_window
 from ttl_utils.files import read_json
 from ttl_utils.health import Finding, findings
-from ttl_utils.params import _leaves as leaves
+from ttl_utils.params import leaves
 from ttl_utils.records import read_records
 
 STAGE = "03_pretraining"

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from ttl_utils.errors import ParameterError
-from ttl_utils.model import choose_hardware, new_model
+from ttl_utils.model import checkpoint_activations, choose_hardware, new_model
 from ttl_utils.schema import Model, Pretraining
 
 OK, UNSUPPORTED, NO_MEMORY = "ok", "unsupported", "out of memory"
@@ -50,7 +50,7 @@ def measure(job: dict) -> dict:
     accelerator = make_accelerator(hardware)
     model = make_lean(new_model(shape, _Vocabulary(job["vocab_size"]), 0, hardware.attention)).to(accelerator.device)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     optimizer, learner = make_optimizer(model, settings), Learner(model)
     learner, optimizer = accelerator.prepare(torch.compile(learner) if settings.compile else learner, optimizer)
     block = settings.block_size or shape.max_position_embeddings

@@ -3,8 +3,8 @@
 All of them train the same weights in one process, in turns of a few steps, so that other work on the machine slows
 them alike; a ratio is taken within a round. The loop reads its data from a memory-mapped file, writes its records and
 has its energy measured; the others find their data in memory and do nothing else. Checkpoints and evaluations are left
-out of all. fp32 on the CPU; the 160m shape takes 1 x 2048 tokens a step and 7 GiB of memory; the shape tiny leaves
-little but what each way adds to a step, in milliseconds, which no noise hides.
+out of all. fp32 on the CPU; the 160m shape takes 1 x 2048 tokens a step and about 6 GiB of memory. The shape tiny
+leaves little of a step but what each way adds to it: a difference in milliseconds that holds for the other shapes too.
 """
 
 from __future__ import annotations

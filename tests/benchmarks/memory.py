@@ -8,6 +8,7 @@ in a process of its own, and its peak is what the system says of that process (r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
@@ -54,23 +55,22 @@ def measure(way: str, rows: int, layers: int, gradients: Path) -> None:
     shape, model = model_160m(layers)
     if way == "ours":
         make_lean(model)
-        # until the process ends
-        kept_memory().__enter__()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (rows, shape.max_position_embeddings), generator=drawn)
     losses = []
-    for number in range(2):
-        if way == "ours":
-            loss = summed_loss(model, {"input_ids": ids, "labels": ids}) / (ids.numel() - rows)
-        else:
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        losses.append(loss.item())
-        if number == 0:
-            save_file({name: value.grad for name, value in model.named_parameters()}, gradients)
-        optimizer.step()
-        optimizer.zero_grad()
+    with kept_memory() if way == "ours" else contextlib.nullcontext():
+        for number in range(2):
+            if way == "ours":
+                loss = summed_loss(model, {"input_ids": ids, "labels": ids}) / (ids.numel() - rows)
+            else:
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            losses.append(loss.item())
+            if number == 0:
+                save_file({name: value.grad for name, value in model.named_parameters()}, gradients)
+            optimizer.step()
+            optimizer.zero_grad()
     print(json.dumps({"peak": peak_gib(), "losses": losses}))
 
 

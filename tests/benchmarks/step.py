@@ -9,8 +9,8 @@ that is never idle, `--cpu` counts the processes' CPU time instead, with one thr
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import contextlib
+import multiprocessing
 import statistics
 import time
 from collections import defaultdict
