@@ -19,6 +19,7 @@ from ttl_utils.evaluation import load_model
 from ttl_utils.files import write_json
 from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import choose_hardware
+from ttl_utils.restore import restore
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Chat
 from ttl_utils.session import Loop
@@ -228,6 +229,8 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
         return stage
     settings, seed = run.params.chat, run.params.seed
     context = run.params.model.max_position_embeddings
+    if settings.copy_to:
+        restore(settings.copy_to, stage.folder, run.name, stage.identity())
     earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
     with stage.work() as energy:
         hardware = choose_hardware(settings)
@@ -270,6 +273,8 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
                 eval_steps=max(1, steps // settings.num_train_epochs),
                 evaluate=evaluate,
                 on_record=on_record,
+                run=run.name,
+                config=run.params.flat(),
             ),
         )
         model.eval()

@@ -22,6 +22,7 @@ from ttl_utils.health import findings
 from ttl_utils.initial import lineage, starting_point
 from ttl_utils.model import choose_hardware, count_parameters, flops_per_token
 from ttl_utils.records import read_records
+from ttl_utils.restore import restore
 from ttl_utils.run import Run, Stage
 from ttl_utils.session import Loop
 from ttl_utils.step import Step
@@ -90,23 +91,27 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
     stage = run.stage("03_pretraining")
     if stage.reuse():
         return stage
-    settings = run.params.pretraining
+    settings, main = run.params.pretraining, os.environ.get("RANK", "0") == "0"
+    tokens, hardware = run.need("02_tokenizer"), choose_hardware(settings)
+    if settings.isolate_documents and hardware.attention == "flash_attention_2":
+        # it keeps documents apart at batch size 1 alone, and would silently mix them in a batch
+        why = "attention: sdpa (FlashAttention 2 would mix the documents of a row: isolate_documents)"
+        hardware = replace(hardware, attention="sdpa", reasons=(*hardware.reasons[:2], why))
+    start = None
+    if settings.init_from:
+        # before anything is written: a mistake in it leaves nothing behind
+        start = starting_point(run, load_tokenizer(tokens.folder), hardware.attention)
+    if settings.copy_to and main:
+        restore(settings.copy_to, stage.folder, run.name, stage.identity())
     # the sessions before this one: a run that was killed has spent energy too
     earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
     with stage.work() as energy:
-        hardware = choose_hardware(settings)
-        if settings.isolate_documents and hardware.attention == "flash_attention_2":
-            # it keeps documents apart at batch size 1 alone, and would silently mix them in a batch
-            why = "attention: sdpa (FlashAttention 2 would mix the documents of a row: isolate_documents)"
-            hardware = replace(hardware, attention="sdpa", reasons=(*hardware.reasons[:2], why))
         print(hardware)
-        tokens = run.need("02_tokenizer")
         tokenizer = load_tokenizer(tokens.folder)
         blocks, held_out = token_blocks(run, "train"), token_blocks(run, "test")
         text_bytes = tokens.metrics()["test_bytes"]
-        start = starting_point(run, tokenizer, hardware.attention)
+        start = start or starting_point(run, tokenizer, hardware.attention)
         model = start.model
-        main = int(os.environ.get("RANK", "0")) == 0
         peak = devices.peak(hardware) if main else devices.Peak(None, "unknown device")
         print(f"peak: {peak.source}")
         samples = stage.folder / "samples.jsonl"
@@ -156,11 +161,12 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
         )
         if main:
             energy.sample()
+            origin = {"initial_weights": start.origin} if start.origin else {}
             outputs = {
                 "model": save_model_folder(model, tokenizer, stage.folder / "model"),
                 "curve": [stage.folder / "metrics.jsonl"],
             }
-            stage.finish(_metrics(run, records, energy, earlier, hardware, peak, blocks, tokenizer), outputs)
+            stage.finish(_metrics(run, records, energy, earlier, hardware, peak, blocks, tokenizer) | origin, outputs)
     return stage
 
 

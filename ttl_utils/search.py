@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import psutil
 
+from ttl_utils.carbon import track
 from ttl_utils.devices import peak
 from ttl_utils.errors import ParameterError, TTLError
 from ttl_utils.memory import GIB, needed
@@ -277,7 +278,9 @@ def claims(table: pd.DataFrame) -> pd.DataFrame:
 
 def search_command(run: Run, steps: int) -> pd.DataFrame:
     """Search, print what was found and what to write, and save the table and its figure as `figures/03_search`."""
-    table = search(run, steps)
+    # a row of its own in the ledger: it is no part of the run that it prepares
+    with track(run.folder / "energy.jsonl", "03_search", run.params.carbon):
+        table = search(run, steps)
     figure(run, table)
     shown = ["name", "status", *MEASURED, *(f"{name}_ratio" for name in CLAIMS)]
     print(table[shown].to_string(index=False, float_format=_number, na_rep=""))
