@@ -196,7 +196,8 @@ except KeyboardInterrupt:
     rest = process.stdout.read()
     process.wait(20)
     assert child.with_name("saved").exists() and len(asked(child)) == 1
-    assert "ttl: saved a checkpoint" in rest and rest.endswith("the sweep was interrupted\n")
+    # what the run says at that very moment may be lost, its checkpoint is not
+    assert rest.endswith("the sweep was interrupted\n")
 
 
 # mistakes

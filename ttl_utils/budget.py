@@ -49,7 +49,7 @@ def read_budget(text: str, brl_per_usd: float | None = None) -> tuple[float, str
     Raises:
         ParameterError: no amount, no unit, or reais without a rate.
     """
-    number, unit = r"(\d+(?:\.\d{1,2})?)", r"(US\$|R\$|\$|USD|BRL|kg)"
+    number, unit = r"(\d+(?:\.\d{1,2})?)", r"(US\$|R\$|\$|USD|BRL|kg)(?: ?CO2e?)?"
     found = re.fullmatch(rf"{number}\s*{unit}|{unit}\s*{number}", text.strip(), re.IGNORECASE | re.ASCII)
     if not found or not float(found[1] or found[4]):
         raise ParameterError(

@@ -84,7 +84,8 @@ def report(comparison: Comparison) -> str:
     same = "the parameters are the same"
     parts = [
         "Parameters that differ\n" + (_text(comparison.parameters) if len(comparison.parameters.columns) > 1 else same),
-        "Results\n" + _text(_rounded(comparison.table)),
+        # a column for each setting: a terminal is narrow
+        "Results\n" + _text(_rounded(comparison.table).set_index("setting").T.rename_axis(columns=None), index=True),
         "\n".join(f"note: {note}" for note in comparison.notes),
         "\n".join(_findings_lines(comparison.findings)),
         f"figure and tables: {comparison.folder}",
@@ -112,10 +113,16 @@ def _one_setting(one: Trained, other: Trained) -> bool:
     made_by_seed = {TOKENIZER, TOKENS} if known["seed"] != others["seed"] else set()
     inputs = {key for key in one.identity.keys() | other.identity.keys() if key.startswith("input ")} - made_by_seed
     return (
-        any(known.get(key) != others.get(key) for key in SEEDS)
+        _seed(known) != _seed(others)
         and all(known[key] == others[key] for key in (known.keys() & others.keys()) - SEEDS)
         and all(one.identity.get(key) == other.identity.get(key) for key in inputs)
     )
+
+
+def _seed(known: dict[str, Any]) -> tuple[int, int]:
+    """Of the text, and of weights and data order."""
+    own = known.get("pretraining.seed")
+    return known["seed"], known["seed"] if own is None else own
 
 
 def _differing(runs: list[Trained]) -> pd.DataFrame:
@@ -201,7 +208,7 @@ def _notes(runs: list[Trained], settings: list[list[Trained]]) -> tuple[str, ...
             f"the corpora differ ({_grouped(texts)}), and with them the held-out text: losses do not compare; bits per "
             "byte come closest"
         )
-    if len({run.free.get("pretraining.eval_tokens") for run in runs if run.free}) > 1:
+    if len({run.free["pretraining.eval_tokens"] for run in runs if run.free}) > 1:
         notes.append("pretraining.eval_tokens differs: validation is over more or less of the held-out text")
     notes += [f"{run.name} is not finished: {run.state}" for run in runs if not run.finished]
     if any(len(setting) > 1 for setting in settings):
@@ -305,9 +312,9 @@ def _rounded(table: pd.DataFrame) -> pd.DataFrame:
     return shown
 
 
-def _text(table: pd.DataFrame) -> str:
+def _text(table: pd.DataFrame, index: bool = False) -> str:
     def short(value: Any) -> str:
         text = "–" if pd.api.types.is_scalar(value) and pd.isna(value) else str(value)
         return text if len(text) <= 48 else f"{text[:47]}…"
 
-    return table.map(short).to_string(index=False)
+    return table.map(short).to_string(index=index)

@@ -14,8 +14,6 @@ from ttl_utils import paper
 from ttl_utils.errors import ParameterError
 from ttl_utils.model import Hardware
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-
 
 @dataclass(frozen=True)
 class Peak:

@@ -122,7 +122,7 @@ def perplexity(run: Run, records: list[dict]) -> Figure:
 def speed(run: Run, records: list[dict]) -> Figure:
     """Learning rate, throughput, energy and what the device's meters say, each over tokens seen where it is known."""
     known = {name: rows for name in PANELS if len(rows := _finite(records, name))}
-    lines = -(-len(known) // 3)
+    lines = max(1, -(-len(known) // 3))
     figure, grid = plt.subplots(lines, 3, figsize=(9.6, 0.4 + 2.2 * lines), squeeze=False)
     for axes, (name, rows) in zip(grid.flat, known.items(), strict=False):
         axes.plot(rows.tokens, rows[name], color=OURS, lw=1.2)

@@ -173,14 +173,19 @@ def follow(stage: Stage, every_s: float = 2.0) -> Iterator[None]:
 
 def show_status(arguments: argparse.Namespace) -> None:
     root = outputs_folder()
-    names = [arguments.run] if arguments.run else sorted(p.parent.name for p in root.glob("*/*/stage.json"))
-    for name in dict.fromkeys(names):
-        if not (root / name).is_dir():
-            raise TTLError(f"there is no run {name!r} in {root}")
+    known = sorted({path.parent.parent.name for path in root.glob("*/*/stage.json")})
+    if arguments.run and arguments.run not in known:
+        raise TTLError(f"there is no run {arguments.run!r} in {root}; there are: {', '.join(known) or 'none'}")
+    names = [arguments.run] if arguments.run else known
+    for name in names:
         print(name)
+        about = root / name / "run.json"
+        made = read_json(about)["stages"] if about.is_file() else {}
         for stage in STAGES:
             folder = root / name / stage
-            if (folder / "manifest.json").is_file():
+            if not folder.is_dir() and stage in made:
+                text = f"of run {(about.parent / made[stage]['folder']).resolve().parent.name!r}"
+            elif (folder / "manifest.json").is_file():
                 text = f"finished {read_json(folder / 'manifest.json')['finished']}"
             elif (folder / "status.json").is_file():
                 status = read_json(folder / "status.json")
@@ -202,7 +207,11 @@ def show_plan(arguments: argparse.Namespace) -> None:
     from ttl_utils.planning import report
 
     names = ("gpu", "usd_per_hour", "utilisation", "budget", "brl_per_usd", "unique_tokens")
-    print(report(load_params(given_values(arguments)), **{name: getattr(arguments, name) for name in names}))
+    given = given_values(arguments)
+    if arguments.country:
+        where = {"country_iso_code": arguments.country, "carbon_intensity_g_per_kwh": None}
+        given["carbon"] = given.get("carbon", {}) | where
+    print(report(load_params(given), **{name: getattr(arguments, name) for name in names}))
 
 
 def search_configurations(arguments: argparse.Namespace) -> None:
@@ -242,7 +251,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="move a stage made otherwise aside, and make it anew")
     sized("pretrain", pretrain_without_notebook, "stage 03 without its notebook: same folder, same weights")
     plan = sized("plan", show_plan, "what a size takes, or what a budget buys: memory, hours, cost, energy")
-    plan.add_argument("--gpu", help="such as T4, L4, A100-40GB, H100-SXM or RTX-4090; default: all that are known")
+    plan.add_argument("--gpu", help="such as T4, L4, A100-40GB, H100-SXM or RTX-4090; default: the paper's A100-40GB")
+    plan.add_argument("--country", help="where it stands, as DEU or BRA, by its own intensity; default: section carbon")
     plan.add_argument("--usd-per-hour", type=float, help="price of that GPU")
     plan.add_argument("--utilisation", type=float, help="share of the GPU's peak, by 6N + 12 layers x hidden x context")
     plan.add_argument("--budget", metavar="AMOUNT", help='such as "500 USD", "2500 BRL" or "40 kg" (of CO2 equivalent)')

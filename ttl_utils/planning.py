@@ -23,7 +23,7 @@ from ttl_utils.budget import (
     read_budget,
 )
 from ttl_utils.errors import ParameterError
-from ttl_utils.memory import USABLE, memory_table, needed, precision_of, rows_that_fit
+from ttl_utils.memory import USABLE, block, memory_table, needed, precision_of, rows_that_fit
 from ttl_utils.model import parameters_by_part
 from ttl_utils.params import Params
 
@@ -60,13 +60,13 @@ def chinchilla_table(run: str, parameters: int, tokens: int) -> pd.DataFrame:
 
 def cards(params: Params, utilisation: float | None = None) -> pd.DataFrame:
     """Every known GPU: GiB that the file's micro-batch needs, rows that fit, projected hours and kg per utilisation."""
-    rows = []
+    rows, rows_of_step = [], params.pretraining.tokens_per_step // block(params)
     for name, gpu in devices.gpus().iterrows():
         precision = precision_of(params, gpu)
         row: dict[str, object] = {"GPU": name, "precision": precision or f"no {params.pretraining.precision}"}
         if precision:
             row |= {"GiB needed": needed(params, precision), "of": gpu.memory_gib}
-            row["rows that fit"] = rows_that_fit(params, gpu)
+            row[f"rows that fit, of {rows_of_step}"] = rows_that_fit(params, gpu)
             for share in [utilisation] if utilisation else costs.paper_and_tucano():
                 found = costs.cost(tokens_of(params) / costs.speed(params, gpu, share) / 3600, params, gpu)
                 row |= {f"{unit} at {share:.0%}": found[unit] for unit in ("hours", "kg")}
@@ -115,9 +115,12 @@ def throughput_table() -> pd.DataFrame:
             row = {"shape": size, "GPU": gpu.name}
             row |= {"paper, mean": published["tokens_per_second"] if own else math.nan}
             row |= {"paper, peak": published.get("tokens_per_second_peak", math.nan) if own else math.nan}
-            row |= {"Tucano": costs.TUCANO_TOKENS_PER_SECOND if own and size == "160m" else math.nan}
+            anchor = own and size == "160m"
+            row |= {"Tucano, A100-80GB": costs.TUCANO_TOKENS_PER_SECOND if anchor else math.nan}
             row["ours"] = "not measured"
-            row[f"projected at {share:.0%}"] = costs.speed(costs.paper_params(size), gpu, share)
+            # the share is the anchor's own: no projection beside it
+            projected = costs.speed(costs.paper_params(size), gpu, share)
+            row[f"projected at {share:.0%}"] = math.nan if anchor else projected
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -153,6 +156,8 @@ def report(
     price = costs.price(card, usd_per_hour)
     priced = "as given" if usd_per_hour else "at most: the paper's 500 USD over its runs' logged hours"
     paid = "no price known here" if math.isnan(price) else f"{price:.2f} USD an hour, {priced}"
+    forced = params.carbon.carbon_intensity_g_per_kwh is not None
+    where = "as carbon.carbon_intensity_g_per_kwh says" if forced else params.carbon.country_iso_code
     rows, checkpointing = settings.per_device_train_batch_size, settings.gradient_checkpointing
     step = f"{rows} rows at a time, {precision}, attention {settings.attention}"
     sections = [
@@ -161,9 +166,12 @@ def report(
             "Chinchilla (section 3.1): loss in nats per token, with the exponent as printed and with Hoffmann's, 0.34",
             chinchilla_table(params.run_name, total, tokens).rename(columns={"law, Hoffmann's exponent": "law, 0.34"}),
         ),
-        _wrapped(f"With this run's compute the law is at its best with {law}, by the one exponent or the other."),
+        _wrapped(
+            f"With this run's compute the law is at its best with {law}, by the one exponent or the other. It was "
+            "fitted on other text, other tokens and larger models: below 100M parameters it says little."
+        ),
         _titled(
-            f"Memory on {card.name}: {step}{', gradient checkpointing' if checkpointing else ''}",
+            f"Memory on {card.name}, estimated: {step}{', gradient checkpointing' if checkpointing else ''}",
             memory_table(params, card),
         ),
         _titled(
@@ -174,9 +182,12 @@ def report(
         _titled(f"One {card.name}, projected; {paid}", projection(params, card, usd_per_hour, utilisation)),
         _wrapped(
             f"Power is an assumption: {share:.0%} of the GPU's limit and {rest:.0f} W beside it, as in the paper's "
-            f"logs. {costs.intensity(params):.1f} g/kWh ({params.carbon.country_iso_code}), PUE {params.carbon.pue}."
+            f"logs. {costs.intensity(params):.1f} g/kWh ({where}), PUE {params.carbon.pue}."
         ),
-        _titled("The paper's runs, planned from their own throughput, beside their logs", paper_runs()),
+        _titled(
+            "The paper's runs, planned from their own throughput, beside their logs (the mean is the log's: hours agree by it)",
+            paper_runs(),
+        ),
         _conflicts(),
         _titled("Tokens per second on one GPU: published, ours, projected", throughput_table()),
     ]
@@ -222,4 +233,4 @@ def _number(value: float, exact: bool) -> str:
         if value >= unit and not exact:
             return f"{value / unit:,.4g}{name}" if value < 1e13 else f"{value:.3e}"
     whole = abs(value) >= 1000 or value == int(value)
-    return (f"{value:,.0f}" if value < 1e13 else f"{value:.3e}") if whole else f"{round(value, 4):.4g}"
+    return (f"{value:,.0f}" if value < 1e13 else f"{value:.3e}") if whole else f"{value:.4g}"

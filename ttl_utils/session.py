@@ -235,7 +235,7 @@ class Session:
     def _not_finite(self, what: str, step: int, first: int) -> None:
         """Save what explains it and stop; `first` is the step at which it was first seen."""
         if self.main:
-            self.record(step, not_finite=what)
+            self.record(step, not_finite=f"{what}, first at step {first:,}")
             parts = self.get_step(first - 1, self.accelerator).micro_batches
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             optimizer, rows = self.optimizer.optimizer, self.records.rows

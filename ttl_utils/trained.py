@@ -25,6 +25,9 @@ LOSSES = ("train_loss", "train_loss_smoothed", "validation_loss", "perplexity", 
 COLUMNS = (*COUNTED, *LOSSES, "tokens_per_second", "energy_kwh", "duration_s")
 
 
+MOVING = {f"pretraining.{key}" for key in ("eval_tokens", "device", "precision", "attention")}
+
+
 @dataclass(frozen=True)
 class Trained:
     """Stage 03 of a run, finished or under way, as its files tell it."""
@@ -116,8 +119,9 @@ def load(name: str, folder: Path) -> Trained:
         raise MissingStage(f"run {name!r} has no record yet: nothing was logged in {path}")
     parameters = dict(leaves(sections))
     about = stage.parent / "run.json"
-    given = _read(about)["parameters"]["pretraining"] if about.is_file() else {}
-    free = {key: value for key, value in leaves({"pretraining": given}) if key not in parameters}
+    given = {"pretraining": _read(about)["parameters"]["pretraining"]} if about.is_file() else {}
+    # of the keys that do not decide the result, those that move its numbers a little, or what is measured
+    free = {key: value for key, value in leaves(given) if key in MOVING}
     vocab_size = _read(packed / "metrics.json")["vocab_size"] if packed else None
     found = findings(records, vocab_size, parameters["pretraining.warmup_steps"])
     return Trained(name, stage, identity, parameters, free, corpus, records, found)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -74,18 +76,23 @@ def measure(job: dict) -> dict:
             return sum(summed_loss(model, batch) for batch in moved)
 
     model.train()
-    _seconds(train, 2 if settings.compile else 1)
-    training_s = _seconds(train, job["steps"])
+    training_s = _seconds_each(train, job["steps"], warm_up=2 if settings.compile else 1)
     memory = torch.cuda.max_memory_allocated() if hardware.device == "cuda" else _process_memory()
     model.eval()
-    _seconds(evaluate, 1)
-    evaluation_s = _seconds(evaluate, job["steps"])
-    tokens = job["steps"] * ids.numel()
+    evaluation_s = _seconds_each(evaluate, job["steps"])
+    tokens = ids.numel()
     return {
         "tokens_per_second": round(tokens / training_s, 1),
         "evaluation_tokens_per_second": round(tokens / evaluation_s, 1),
         "peak_memory_gib": round(memory / 2**30, 3),
     }
+
+
+def _seconds_each(call: Callable, times: int, warm_up: int = 1) -> float:
+    """Seconds of one call, the median of three bursts that last a second and a half together, or `times` calls each."""
+    _seconds(call, warm_up)
+    times = max(times, math.ceil(0.5 / _seconds(call, 1)))
+    return statistics.median(_seconds(call, times) for _ in range(3)) / times
 
 
 def _seconds(call: Callable, times: int) -> float:

@@ -14,6 +14,7 @@ import multiprocessing
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from tests.benchmarks.memory import VOCAB, model_160m
@@ -50,7 +51,7 @@ def worker(pipe: Connection, way: str, arguments: argparse.Namespace) -> None:
     ids = torch.randint(model.config.vocab_size, (arguments.rows, context), generator=torch.Generator().manual_seed(1))
     square = torch.randn(SQUARE, SQUARE)
 
-    def reference() -> float:
+    def reference(clock: Callable[[], float] = clock) -> float:
         """Flops per second."""
         seconds = []
         for _ in range(6):
@@ -94,13 +95,13 @@ def worker(pipe: Connection, way: str, arguments: argparse.Namespace) -> None:
             else:
                 part = "the rest"
             seconds[part] += event.self_cpu_time_total / 1e6
-        return dict(seconds), reference()
+        return dict(seconds), reference(time.perf_counter)
 
     with kept_memory() if WAYS[way][0] else contextlib.nullcontext():
         step()
         pipe.send("ready")
-        while True:
-            if pipe.recv() == "parts":
+        while asked := pipe.recv():
+            if asked == "parts":
                 pipe.send(parts())
             else:
                 before = reference()
@@ -158,6 +159,8 @@ def main() -> None:
             speed = f"{flops[part] / seconds[part] / rate:.2f}" if part in flops else ""
             row += f"{seconds.get(part, 0):10.2f} {share:6.1%} {speed:>5}"
         print(row)
+    for pipe in pipes.values():
+        pipe.send(None)
     print("rate: executed flops against the square product; in backward attention computes a quarter more")
 
 
