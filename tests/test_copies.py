@@ -178,7 +178,7 @@ def test_a_run_that_went_back_keeps_the_copies_of_what_came_after(stage, drive):
     cp.newest_whole(stage / "checkpoints", 2)
     (stage / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     copy(stage, drive, write_checkpoint(stage, 3))
-    assert names(drive / "run" / STAGE) == ["step-0000002", "step-0000003", "step-0000004.later"]
+    assert names(drive / "run" / STAGE) == ["step-0000002", "step-0000003", "step-0000004.later", cp.WENT_BACK]
     assert (drive / "run" / STAGE / "checkpoints" / "step-0000004.later" / "metrics.jsonl").read_bytes() == before
 
 

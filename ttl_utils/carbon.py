@@ -107,7 +107,7 @@ def track(ledger: Path, stage: str, carbon: object, *, measure_s: float | None =
     intensity = country_intensity(carbon.country_iso_code)
     if carbon.carbon_intensity_g_per_kwh is not None:
         intensity = carbon.carbon_intensity_g_per_kwh
-    columns = {"session": uuid.uuid4().hex, "stage": stage}
+    columns = {"session": uuid.uuid4().hex, "stage": stage, "rank": int(os.environ.get("RANK", "0"))}
     columns |= {"intensity_g_per_kwh": intensity, "pue": carbon.pue}
     session = EnergySession(Path(ledger), columns)
     # a filter, not a level: the first messages come before log_level applies
@@ -271,7 +271,9 @@ def _append(ledger: Path, line: str) -> None:
 
 
 def _last_rows(ledger: Path) -> list[dict]:
-    return list({row["session"]: row for row in read_ledger(ledger)}.values())
+    rows = {row["session"]: row for row in read_ledger(ledger)}.values()
+    # machines that work side by side spend energy each, and the time once
+    return [row | {"duration_s": 0.0} if row.get("rank") else row for row in rows]
 
 
 def _methods(tracker: codecarbon.OfflineEmissionsTracker) -> dict[str, str]:

@@ -194,7 +194,7 @@ def newest_whole(folder: Path, step: int | None = None) -> Path | None:
             continue
         if (path / OPTIMIZER).is_file():
             return path
-    if found:
+    if found or (step != 0 and any(folder.glob("step-*.damaged*"))):
         raise DamagedFile(
             f"{folder}: no checkpoint is whole enough to go on from (see the folders *.damaged). To begin anew, "
             f"delete or rename {folder.parent} and run again"
@@ -235,13 +235,13 @@ def go_back(folder: Path, step: int) -> None:
 
 
 def set_later_aside(folder: Path, step: int) -> None:
-    later = [set_aside(path, "later") for path in list_checkpoints(folder) if step_of(path) > step]
-    for path in later:
-        print(f"checkpoint {path.name.split('.')[0]} is kept as {path.name}")
+    later = [path for path in list_checkpoints(folder) if step_of(path) > step]
     for curve in ("metrics.jsonl", "samples.jsonl"):
-        # what led there goes with them: the run writes its own anew from `step` on
+        # what led there goes with them, first: the run writes its own anew from `step` on
         if later and (folder.parent / curve).is_file():
             shutil.copyfile(folder.parent / curve, later[-1] / curve)
+    for path in later:
+        print(f"checkpoint {path.name} is kept as {set_aside(path, 'later').name}")
 
 
 def set_aside(path: Path, why: str) -> Path:

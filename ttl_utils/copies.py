@@ -16,6 +16,8 @@ from ttl_utils.files import read_json, write_bytes
 HUB = "hub:"
 # seconds between copies of the curve, where no checkpoint comes first; and how long the end waits for the last copy
 EVERY_S, WAIT_S = 600.0, 1800.0
+# the step that a run has gone back to, once: another machine must not go back again
+WENT_BACK = f"checkpoints/{checkpoints.WENT_BACK}"
 CURVES = ("metrics.jsonl", "samples.jsonl", "status.json")
 
 
@@ -60,8 +62,8 @@ class Copies:
         self.wake.set()
 
     def close(self) -> None:
-        """Copy what is left, and say what the target holds."""
-        if self.target is None:
+        """Copy what is left, and say what the target holds; once."""
+        if self.target is None or self.closing:
             return
         self.closing = True
         self.wake.set()
@@ -115,7 +117,7 @@ class Copies:
     def _changed(self) -> dict[str, Path]:
         """The curves, the ledger and the figures that are not copied yet, by their place in the run's folder."""
         run = self.stage_folder.parent
-        paths = [self.stage_folder / name for name in ("stage.json", *CURVES)] + [run / "energy.jsonl"]
+        paths = [self.stage_folder / name for name in ("stage.json", *CURVES, WENT_BACK)] + [run / "energy.jsonl"]
         paths += sorted(path for path in (run / "figures").glob("*") if not path.name.startswith("."))
         found = {path.relative_to(run).as_posix(): path for path in paths if path.is_file()}
         return {name: path for name, path in found.items() if self.copied.get(name) != _stamp(path)}

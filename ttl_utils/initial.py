@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,7 +93,7 @@ def starting_point(run: Run, tokenizer: PreTrainedTokenizerBase, attention: str)
     settings, model = run.params.pretraining, run.params.model
     own = checkpoints.list_checkpoints(run.stage("03_pretraining").folder / "checkpoints")
     if settings.init_from is None or (own and settings.resume_from_checkpoint != 0):
-        return Start(new_model(model, tokenizer, run.params.pretraining_seed, attention))
+        return Start(new_model(model, tokenizer, run.params.pretraining_seed, attention), origin=_recorded(own))
     folder = _folder(settings.init_from, settings.init_revision)
     weights, place = _weights(folder), f"pretraining.init_from {settings.init_from!r}"
     _check_fits(folder, place, run, tokenizer)
@@ -109,6 +110,15 @@ def starting_point(run: Run, tokenizer: PreTrainedTokenizerBase, attention: str)
     made = _load(folder, place, run, tokenizer, attention)
     print(f"{place}: {text} ({', '.join(path.name for path in weights)})")
     return Start(made, None if settings.init_schedule == "new" else folder, origin)
+
+
+def _recorded(own: list[Path]) -> dict | None:
+    """What a run's own checkpoints say of its beginning."""
+    for path in own:
+        # a damaged one is for the run to set aside
+        with contextlib.suppress(OSError, DamagedFile):
+            return read_json(path / "state.json").get("initial_weights")
+    return None
 
 
 @cache

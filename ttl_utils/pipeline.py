@@ -200,7 +200,13 @@ def show_status(arguments: argparse.Namespace) -> None:
 def pretrain_without_notebook(arguments: argparse.Namespace) -> None:
     from ttl_utils.pretraining import pretrain
 
-    pretrain(Run(load_params(given_values(arguments))))
+    with contextlib.ExitStack() as silence:
+        if os.environ.get("RANK", "0") != "0":
+            # the first of several processes speaks for all; errors are told below
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        pretrain(Run(load_params(given_values(arguments))))
 
 
 def show_plan(arguments: argparse.Namespace) -> None:

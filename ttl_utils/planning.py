@@ -185,7 +185,7 @@ def report(
             f"logs. {costs.intensity(params):.1f} g/kWh ({where}), PUE {params.carbon.pue}."
         ),
         _titled(
-            "The paper's runs, planned from their own throughput, beside their logs (the mean is the log's: hours agree by it)",
+            "The paper's runs, planned from their own throughput, beside their logs (a mean is a log's own)",
             paper_runs(),
         ),
         _conflicts(),

@@ -90,6 +90,8 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
     """
     stage = run.stage("03_pretraining")
     if stage.reuse():
+        if run.params.pretraining.resume_from_checkpoint is not None:
+            print("resume_from_checkpoint: the stage is finished and does not go back; --force makes it anew")
         return stage
     settings, main = run.params.pretraining, os.environ.get("RANK", "0") == "0"
     tokens, hardware = run.need("02_tokenizer"), choose_hardware(settings)
@@ -112,6 +114,7 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
         text_bytes = tokens.metrics()["test_bytes"]
         start = start or starting_point(run, tokenizer, hardware.attention)
         model = start.model
+        origin = {"initial_weights": start.origin} if start.origin else {}
         peak = devices.peak(hardware) if main else devices.Peak(None, "unknown device")
         print(f"peak: {peak.source}")
         samples = stage.folder / "samples.jsonl"
@@ -154,27 +157,27 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
                 flops_per_token=flops_per_token(run.params.model, len(tokenizer), blocks.block_size)["convention"],
                 peak=peak,
                 start=start.checkpoint,
-                lineage=lineage(run),
+                lineage=lineage(run) | origin,
                 run=run.name,
                 config=run.params.flat(),
             ),
         )
         if main:
-            energy.sample()
-            origin = {"initial_weights": start.origin} if start.origin else {}
+            energy.sample(write=True)
+            # of all sessions and machines; another machine's last row is an interval old at most
+            spent = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
             outputs = {
                 "model": save_model_folder(model, tokenizer, stage.folder / "model"),
                 "curve": [stage.folder / "metrics.jsonl"],
             }
-            stage.finish(_metrics(run, records, energy, earlier, hardware, peak, blocks, tokenizer) | origin, outputs)
+            stage.finish(_metrics(run, records, spent, hardware, peak, blocks, tokenizer) | origin, outputs)
     return stage
 
 
 def _metrics(
     run: Run,
     records: list[dict],
-    energy: Any,
-    earlier: tuple,
+    spent: tuple[float, float, float],
     hardware: Any,
     peak: devices.Peak,
     blocks: TokenBlocks,
@@ -207,9 +210,9 @@ def _metrics(
             asdict(found) for found in findings(records, vocab_size=len(tokenizer), warmup_steps=settings.warmup_steps)
         ],
         "flops_per_token": flops,
-        "energy_kwh": earlier[0] + energy.energy_kwh,
-        "emissions_kg": earlier[1] + energy.emissions_kg,
-        "duration_s": earlier[2] + energy.duration_s,
+        "energy_kwh": spent[0],
+        "emissions_kg": spent[1],
+        "duration_s": spent[2],
         "device": hardware.device,
         "precision": hardware.precision,
         "attention": hardware.attention,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -76,7 +77,9 @@ class Progress:
         if self.status:
             partial = self.status.with_suffix(".partial")
             partial.write_text(json.dumps({"line": text, "done": self.done, "total": self.total, "time": time.time()}))
-            os.replace(partial, self.status)
+            # Windows replaces no file that another process reads at this moment: the next line will do
+            with contextlib.suppress(PermissionError):
+                os.replace(partial, self.status)
         if in_notebook():
             from IPython.display import display
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import tempfile
 from functools import partial
 from pathlib import Path
 
 from ttl_utils import checkpoints
 from ttl_utils.checkpoints import OPTIMIZER
-from ttl_utils.copies import CURVES, copy_checkpoint, hub_api, place_of, whole_lines, without_token
+from ttl_utils.copies import CURVES, WENT_BACK, copy_checkpoint, hub_api, place_of, whole_lines, without_token
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.files import read_json, write_bytes
 
@@ -26,6 +27,9 @@ def restore(target: str, stage_folder: Path, run_name: str, identity: dict) -> b
     place = place_of(target, stage_folder)
     if checkpoints.list_checkpoints(stage_folder / "checkpoints"):
         return False
+    for left in stage_folder.glob(".fetched-*"):
+        # what a killed run was fetching
+        shutil.rmtree(left, ignore_errors=True)
     with contextlib.ExitStack() as held:
         root, download = place, None
         try:
@@ -68,7 +72,7 @@ def _fits(target: str, copy: Path, stage_folder: Path, identity: dict) -> bool:
 def _take(target: str, copy: Path, stage_folder: Path, whole: list[Path]) -> bool:
     # the checkpoint last: where one stands, all of it came back
     _join_ledgers(copy.parent / "energy.jsonl", stage_folder.parent / "energy.jsonl")
-    for name in ("stage.json", *CURVES[:2]):
+    for name in ("stage.json", *CURVES[:2], WENT_BACK):
         if whole and (copy / name).is_file():
             write_bytes(stage_folder / name, whole_lines(copy / name))
     for checkpoint in reversed(whole):

@@ -263,11 +263,12 @@ class Stage:
 
         Yields the energy tracker, whose ledger is `energy.jsonl` of the run.
         """
-        from ttl_utils.carbon import EnergySession, track
+        from ttl_utils.carbon import track
 
         if os.environ.get("RANK", "0") != "0":
-            # the first process of a distributed run holds the folder and the meter for all
-            yield EnergySession()
+            # the first process of a distributed run holds the folder; each machine's first one holds its meter
+            with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
+                yield energy
             return
         for name in self.definition.inputs:
             stage, group = name.split("/")

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
 from ttl_utils import checkpoints
-from ttl_utils.copies import Copies
+from ttl_utils.copies import Copies, without_token
 from ttl_utils.devices import Peak, gpu_readings
-from ttl_utils.errors import ParameterError, TTLError
+from ttl_utils.distributed import check_same, is_sharded, local, make_accelerator, prepare
+from ttl_utils.errors import TTLError
 from ttl_utils.explain import explain_not_finite
 from ttl_utils.health import Health
 from ttl_utils.lean import make_lean
@@ -36,6 +32,8 @@ from ttl_utils.step import Step, make_optimizer, train_step
 
 # seconds without data after which a run says that it waits
 STALLED_S = 60.0
+# seconds between the moments at which several processes ask each other whether to stop: torchrun and Slurm wait 30
+AGREE_S = 5.0
 
 
 @dataclass
@@ -63,36 +61,6 @@ class Loop:
     config: dict = field(default_factory=dict)
 
 
-def make_accelerator(hardware: Hardware, log_with: list[str] | None = None, folder: Path | None = None) -> Accelerator:
-    """Accelerate, with the processes and the trackers that were asked for, or an error."""
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked == 1:
-        # Accelerate keeps a process's first device and precision; in a notebook the next cell may want others
-        AcceleratorState._reset_state(reset_partial_state=True)
-    missing = set(LoggerType.list()) - set(map(str, get_available_trackers()))
-    for name in log_with or ():
-        # Accelerate itself leaves such a one out, with a line in a log
-        if name in missing or name not in LOGGER_TYPE_TO_CLASS:
-            known = ", ".join(LOGGER_TYPE_TO_CLASS)
-            what = "is not installed" if name in LOGGER_TYPE_TO_CLASS else f"is no tracker of Accelerate's ({known})"
-            raise ParameterError(f"log_with: {name!r} {what}")
-    # the other processes wait while the first one evaluates, which may take longer than the default ten minutes
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    accelerator = Accelerator(
-        mixed_precision=hardware.mixed_precision,
-        cpu=hardware.device == "cpu",
-        kwargs_handlers=[patience],
-        log_with=log_with or None,
-        project_dir=folder and str(folder),
-    )
-    if accelerator.num_processes != asked:
-        raise TTLError(
-            f"{asked} processes were asked for and Accelerate runs {accelerator.num_processes}: on a CPU, set "
-            "ACCELERATE_USE_CPU=true and start with torchrun"
-        )
-    return accelerator
-
-
 class Session:
     """A training run under way: the model with its optimizer, what was counted since the last record, and the files."""
 
@@ -102,25 +70,28 @@ class Session:
         self.accelerator = make_accelerator(loop.hardware, settings.log_with, loop.folder / "trackers")
         self.main = self.accelerator.is_main_process
         self.folder = loop.folder / "checkpoints"
-        model.to(self.accelerator.device)
+        if not is_sharded(self.accelerator):
+            model.to(self.accelerator.device)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
-        optimizer = make_optimizer(model, settings)
+        self.plain_optimizer = make_optimizer(model, settings)
         state = {"step": 0, "tokens": 0, "interval_losses": []}
         with self.accelerator.main_process_first():
             newest = checkpoints.newest_whole(self.folder, settings.resume_from_checkpoint) or loop.start
         if newest is not None:
-            state = checkpoints.load_checkpoint(newest, model, optimizer)
+            state = checkpoints.load_checkpoint(newest, model, self.plain_optimizer)
             _say_resumed(state, loop.hardware, newest)
-        learner = Learner(model)
-        self.learner, self.optimizer = self.accelerator.prepare(
-            torch.compile(learner) if settings.compile else learner, optimizer
+        asked = {"max_steps": loop.max_steps, **settings.model_dump(), **loop.lineage}
+        check_same(self.accelerator, {"step": state["step"], **asked})
+        self.learner, self.optimizer, self.gather = prepare(
+            self.accelerator, Learner(model), self.plain_optimizer, settings.compile
         )
         if self.accelerator.scaler is not None and state.get("scaler"):
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.first_step, self.tokens, self.losses = state["step"], state["tokens"], state["interval_losses"]
         self.fresh: list[torch.Tensor] = []  # losses still on the device
         self.interval_tokens, self.interval_s, self.waited_s = 0, 0.0, 0.0
+        self.logged, self.agree_every, self.elsewhere_kwh = self.first_step, 1, 0.0
         self.records = Records(loop.folder / "metrics.jsonl", self.first_step, loop.on_record, self.main)
         self.health = Health(vocab_size=len(tokenizer), warmup_steps=settings.warmup_steps)
         for row in self.records.rows:
@@ -134,7 +105,7 @@ class Session:
         )
         status = loop.folder / "status.json" if self.main else None
         self.progress = Progress(loop.label, loop.max_steps, status, self.first_step)
-        self.lock, self.closed = threading.RLock(), threading.Event()
+        self.lock, self.closed, self.tracker_failed = threading.RLock(), threading.Event(), False
         self.waiting: tuple[int, float] | None = None
         self.resumed_at = time.monotonic()
         model.train()
@@ -152,7 +123,7 @@ class Session:
         self.progress.__exit__(*error)
         self.copies.close()
         if self.loop.settings.log_with:
-            self.accelerator.end_training()
+            self._tell_trackers(self.accelerator.end_training)
 
     def data(self, step: int) -> Step:
         self.waiting = (step, started := time.monotonic())
@@ -184,36 +155,59 @@ class Session:
         if not self.main:
             return
         with self.lock:
-            energy_kwh = round(self.loop.energy_before + self.loop.energy.energy_kwh, 9)
-            row = {"step": step, "tokens": self.tokens, **values, "energy_kwh": energy_kwh}
+            row = {"step": step, "tokens": self.tokens, **values, "energy_kwh": round(self.energy_kwh, 9)}
             found = self.health.see(row)
             self.records.add(row)
             for finding in found:
                 print(finding)
             if self.loop.settings.log_with:
                 numbers = {key: value for key, value in row.items() if isinstance(value, int | float)}
-                self.accelerator.log(numbers, step)
+                self._tell_trackers(lambda: self.accelerator.log(numbers, step))
+
+    def _tell_trackers(self, tell: Callable[[], None]) -> None:
+        """A tracker's server may fail: it is said once, and training goes on."""
+        try:
+            tell()
+        except Exception as error:
+            if not self.tracker_failed:
+                print(f"log_with: a tracker failed ({without_token(error)}); training goes on")
+            self.tracker_failed = True
 
     def log(self, step: int) -> None:
         losses = self._gather_losses(step)
         mean = math.fsum(losses) / len(losses)
         elapsed = self.interval_s + time.monotonic() - self.resumed_at
         speed = self.interval_tokens / elapsed
+        self._gather_figures(step, elapsed)
         values = {"loss": round(mean, 6), "loss_std": round(statistics.pstdev(losses), 6), "learning_rate": self.rate}
         share = self._share_of_peak(speed)
         values |= {"tokens_per_second": round(speed, 1), "share_of_peak": share and round(share, 4)}
         values |= {"data_share": round(self.waited_s / elapsed, 4), **gpu_readings()}
         self.record(step, **values)
-        kwh = self.loop.energy_before + self.loop.energy.energy_kwh
         peak = f"{share:.1%} of peak" if share else self.loop.peak.source
         self.progress.update(
             step,
             f"{step / self.loop.max_steps:.1%} · loss {mean:.3f} · perplexity {math.exp(min(mean, 99)):,.1f} · "
-            f"rate {self.rate:.2e} · {speed:,.0f} tokens/s · {peak} · {kwh:.4f} kWh",
+            f"rate {self.rate:.2e} · {speed:,.0f} tokens/s · {peak} · {self.energy_kwh:.4f} kWh",
         )
         self.losses = []
         self.interval_tokens, self.interval_s, self.waited_s = 0, 0.0, 0.0
         self.resumed_at = time.monotonic()
+
+    @property
+    def energy_kwh(self) -> float:
+        """Of all sessions and machines; that of other machines as of the last log."""
+        return self.loop.energy_before + self.loop.energy.energy_kwh + self.elsewhere_kwh
+
+    def _gather_figures(self, step: int, elapsed: float) -> None:
+        """What the other machines spent, and in how many steps to ask each other again whether to stop."""
+        if self.accelerator.num_processes > 1:
+            spent = 0.0 if self.main else self.loop.energy.energy_kwh
+            figures = torch.tensor([spent, elapsed / (step - self.logged)], device=self.accelerator.device)
+            # on all processes the same sums, so that all ask at the same steps
+            self.elsewhere_kwh, step_s = self.accelerator.reduce(figures, "sum").tolist()
+            self.agree_every = max(1, int(AGREE_S * self.accelerator.num_processes / step_s))
+        self.logged = step
 
     def _share_of_peak(self, speed: float) -> float | None:
         if not self.loop.peak.flops_per_second or not self.loop.flops_per_token:
@@ -234,11 +228,12 @@ class Session:
 
     def _not_finite(self, what: str, step: int, first: int) -> None:
         """Save what explains it and stop; `first` is the step at which it was first seen."""
+        self.gather(moments=True)
         if self.main:
             self.record(step, not_finite=f"{what}, first at step {first:,}")
             parts = self.get_step(first - 1, self.accelerator).micro_batches
             batch = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            optimizer, rows = self.optimizer.optimizer, self.records.rows
+            optimizer, rows = self.plain_optimizer, self.records.rows
             try:
                 made = explain_not_finite(
                     self.loop.folder, step, self.losses, first, self.plain, optimizer, batch, rows
@@ -247,6 +242,8 @@ class Session:
             except OSError as error:
                 # a full disk must not hide why the run stops
                 print(f"what explains it could not be saved: {error}")
+        # a launcher ends all processes soon after the first that stops
+        self.accelerator.wait_for_everyone()
         newest = next((path.name for path in reversed(checkpoints.list_checkpoints(self.folder))), "none yet")
         raise TTLError(
             f"the {what} is not finite at step {first:,}: training has diverged; no checkpoint holds it (newest: "
@@ -259,22 +256,28 @@ class Session:
         self.interval_s += time.monotonic() - self.resumed_at
         self.accelerator.wait_for_everyone()
         yield
+        # so that none stops while the first one writes: a launcher would soon end that one too
+        self.accelerator.wait_for_everyone()
         self.resumed_at = time.monotonic()
 
     def evaluate(self, step: int) -> None:
         with self._clock_stopped():
-            if self.loop.evaluate is not None and self.main:
-                self.plain.eval()
+            if self.loop.evaluate is None:
+                return
+            self.gather()
+            if self.main:
+                home = self.plain.device
+                self.plain.to(self.accelerator.device).eval()
                 with torch.no_grad(), self.accelerator.autocast():
                     found = self.loop.evaluate(self.plain, step)
-                self.plain.train()
+                self.plain.train().to(home)
                 self.record(step, **found)
 
-    def agree(self, reason: str, logged: bool) -> str:
-        """Why to stop now, or "": several processes stop at the same step, where they wait for each other anyway."""
+    def agree(self, reason: str, step: int, logged: bool) -> str:
+        """Why to stop now, or "": several processes stop at the same step, at a log or one of those in between."""
         if self.accelerator.num_processes == 1:
             return reason
-        if not logged:
+        if not logged and step % self.agree_every:
             return ""
         asked = torch.tensor(float(bool(reason)), device=self.accelerator.device)
         if self.accelerator.reduce(asked, "sum").item() == 0:
@@ -284,10 +287,11 @@ class Session:
     def save(self, step: int) -> None:
         with self._clock_stopped():
             losses = self._gather_losses(step)
-            # on all processes, which hold the same weights: they stop together
-            finite = torch.stack([weights.isfinite().all() for weights in self.plain.parameters()]).tolist()
-            if not all(finite):
+            # all processes stop together, whichever holds the shard
+            finite = torch.stack([local(weights).isfinite().all() for weights in self.learner.parameters()])
+            if self.accelerator.reduce((~finite.all()).float(), "sum").item():
                 self._not_finite("weights", step, step)
+            self.gather(moments=True)
             if not self.main:
                 return
             self.loop.energy.sample()
@@ -295,15 +299,17 @@ class Session:
             state = {
                 "tokens": self.tokens,
                 "interval_losses": losses,
-                "energy_kwh": self.loop.energy_before + self.loop.energy.energy_kwh,
+                "energy_kwh": self.energy_kwh,
                 "device": hardware.device,
                 "precision": hardware.precision,
                 "attention": hardware.attention,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 **self.loop.lineage,
             }
-            optimizer, settings = self.optimizer.optimizer, self.loop.settings
-            made = checkpoints.save_checkpoint(self.folder, step, self.plain, self.tokenizer, optimizer, state)
+            settings = self.loop.settings
+            made = checkpoints.save_checkpoint(
+                self.folder, step, self.plain, self.tokenizer, self.plain_optimizer, state
+            )
             checkpoints.thin_out(self.folder, settings.resumable_checkpoints, settings.save_total_limit)
             self.copies.send(made)
 

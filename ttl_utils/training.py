@@ -38,10 +38,13 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
                 session.log(done)
             if loop.eval_steps and (done % loop.eval_steps == 0 or last):
                 session.evaluate(done)
-            stopping = session.agree(stop(), logged)
+            stopping = session.agree(stop(), done, logged)
             if done % settings.save_steps == 0 or last or stopping:
                 session.save(done)
             if stopping and not last:
+                # a launcher ends all processes soon after the first that stops
+                session.copies.close()
+                session.accelerator.wait_for_everyone()
                 raise TTLError(f"{loop.label}: {stopping}; step {done:,} is saved, run again to go on from there")
     return session.records.rows
 
@@ -51,13 +54,16 @@ def clean_stop(max_hours: float | None = None) -> Iterator[Callable[[], str]]:
     """A function that says why to stop, or "": a signal came, or the hours are over.
 
     SIGTERM, an interrupt, and USR1, which Slurm sends before a job's time is up, end the loop at a whole step with
-    a checkpoint. A second signal ends it at once: then the newest checkpoint is where the next run goes on.
+    a checkpoint. A second interrupt ends it at once: then the newest checkpoint is where the next run goes on.
     """
     reason, end = [""], time.monotonic() + (max_hours or math.inf) * 3600
 
     def ask(number: int, *_: object) -> None:
         if reason[0]:
-            raise KeyboardInterrupt
+            # a launcher passes on a signal that its processes may have had from elsewhere already
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         reason[0] = f"it was interrupted ({signal.Signals(number).name})"
         print("stopping after this step, with a checkpoint; interrupt again to stop at once")
 

@@ -42,9 +42,9 @@ def measure(job: dict) -> dict:
     """Time training steps and evaluation of one configuration, with the code that the loop runs."""
     import torch
 
+    from ttl_utils.distributed import make_accelerator
     from ttl_utils.lean import make_lean
     from ttl_utils.loss import Learner, summed_loss
-    from ttl_utils.session import make_accelerator
     from ttl_utils.step import Step, make_optimizer, train_step
 
     settings, shape = Pretraining.model_validate(job["settings"]), Model.model_validate(job["model"])
