@@ -21,7 +21,7 @@ from ttl_utils.model import Hardware
         ("A100-SXM4-40GB", "A100-40GB"),
         ("NVIDIA A100-SXM4-40GB", "A100-40GB"),
         ("NVIDIA A100-SXM4-80GB", "A100-80GB"),
-        ("NVIDIA A100 80GB PCIe", "A100-80GB"),
+        ("NVIDIA A100 80GB PCIe", "A100-80GB-PCIe"),
         ("NVIDIA H100 80GB HBM3", "H100-SXM"),
         ("NVIDIA H100 PCIe", "H100-PCIe"),
         ("NVIDIA H200", "H200"),
@@ -44,7 +44,7 @@ def test_another_gpu_is_not_taken_for_a_known_one(name):
 
 
 def test_a_name_that_could_be_two_is_told_both():
-    with pytest.raises(ParameterError, match="Did you mean A100-40GB or A100-80GB?"):
+    with pytest.raises(ParameterError, match="Did you mean A100-40GB or A100-40GB-PCIe or"):
         devices.find_gpu("A100")
 
 

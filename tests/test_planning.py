@@ -179,7 +179,7 @@ def test_rows_that_fit_do_fit_and_twice_as_many_do_not(gpu):
 
 def test_the_papers_runs_fit_its_card_and_no_t4_has_bf16():
     table = planning.cards(size("460m")).set_index("GPU")
-    assert table["rows that fit"]["A100-40GB"] >= 2
+    assert table["rows fit"]["A100-40GB"] >= 2
     assert table.precision[["T4", "L4"]].tolist() == ["fp16", "bf16"]
     asked = planning.cards(size(pretraining={"precision": "bf16"})).set_index("GPU")
     assert asked.precision["T4"] == "no bf16" and math.isnan(asked["GiB needed"]["T4"])

@@ -23,7 +23,7 @@ from ttl_utils.budget import (
     read_budget,
 )
 from ttl_utils.errors import ParameterError
-from ttl_utils.memory import USABLE, block, memory_table, needed, precision_of, rows_that_fit
+from ttl_utils.memory import USABLE, memory_table, needed, precision_of, rows_that_fit
 from ttl_utils.model import parameters_by_part
 from ttl_utils.params import Params
 
@@ -60,13 +60,13 @@ def chinchilla_table(run: str, parameters: int, tokens: int) -> pd.DataFrame:
 
 def cards(params: Params, utilisation: float | None = None) -> pd.DataFrame:
     """Every known GPU: GiB that the file's micro-batch needs, rows that fit, projected hours and kg per utilisation."""
-    rows, rows_of_step = [], params.pretraining.tokens_per_step // block(params)
+    rows = []
     for name, gpu in devices.gpus().iterrows():
         precision = precision_of(params, gpu)
         row: dict[str, object] = {"GPU": name, "precision": precision or f"no {params.pretraining.precision}"}
         if precision:
             row |= {"GiB needed": needed(params, precision), "of": gpu.memory_gib}
-            row[f"rows that fit, of {rows_of_step}"] = rows_that_fit(params, gpu)
+            row["rows fit"] = rows_that_fit(params, gpu)
             for share in [utilisation] if utilisation else costs.paper_and_tucano():
                 found = costs.cost(tokens_of(params) / costs.speed(params, gpu, share) / 3600, params, gpu)
                 row |= {f"{unit} at {share:.0%}": found[unit] for unit in ("hours", "kg")}
@@ -116,7 +116,7 @@ def throughput_table() -> pd.DataFrame:
             row |= {"paper, mean": published["tokens_per_second"] if own else math.nan}
             row |= {"paper, peak": published.get("tokens_per_second_peak", math.nan) if own else math.nan}
             anchor = own and size == "160m"
-            row |= {"Tucano, A100-80GB": costs.TUCANO_TOKENS_PER_SECOND if anchor else math.nan}
+            row |= {"Tucano": costs.TUCANO_TOKENS_PER_SECOND if anchor else math.nan}
             row["ours"] = "not measured"
             # the share is the anchor's own: no projection beside it
             projected = costs.speed(costs.paper_params(size), gpu, share)
@@ -176,7 +176,7 @@ def report(
         ),
         _titled(
             "Every GPU, projected: the share of the peak is a parameter, and the ones here were reached on A100s; "
-            f"rows fit in {USABLE:.0%} of the memory",
+            f"rows of one step fit in {USABLE:.0%} of the memory",
             cards(params, utilisation),
         ),
         _titled(f"One {card.name}, projected; {paid}", projection(params, card, usd_per_hour, utilisation)),
@@ -189,7 +189,9 @@ def report(
             paper_runs(),
         ),
         _conflicts(),
-        _titled("Tokens per second on one GPU: published, ours, projected", throughput_table()),
+        _titled(
+            "Tokens per second on one GPU: published (Tucano: of 8 A100-80GB), ours, projected", throughput_table()
+        ),
     ]
     for reached in ([utilisation] if utilisation else costs.paper_and_tucano()) if budget else []:
         table = affordable(params, card, hours, reached, unique)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import math
 import re
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -89,10 +88,10 @@ def measure(job: dict) -> dict:
 
 
 def _seconds_each(call: Callable, times: int, warm_up: int = 1) -> float:
-    """Seconds of one call, the median of three bursts that last a second and a half together, or `times` calls each."""
+    """Seconds of one call, of at least `times` calls and a second and a half: short ones drown in the noise."""
     _seconds(call, warm_up)
-    times = max(times, math.ceil(0.5 / _seconds(call, 1)))
-    return statistics.median(_seconds(call, times) for _ in range(3)) / times
+    times = max(times, math.ceil(1.5 / _seconds(call, 1)))
+    return _seconds(call, times) / times
 
 
 def _seconds(call: Callable, times: int) -> float:
