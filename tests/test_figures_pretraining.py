@@ -140,7 +140,7 @@ def test_published_points_are_shown_where_ours_reach(
 
 def test_panels_are_drawn_for_what_the_records_have(run: SimpleNamespace, saved: list) -> None:
     shown = [axes.get_title(loc="left") for axes in fp.speed(run, rows()).axes]
-    assert shown == ["Learning rate", "Tokens per second", "Energy so far (kWh)"]
+    assert shown == ["Learning rate", "Tokens per second", "Energy so far (Wh)"]
     # null: an unknown device
     assert len(fp.speed(run, rows(share_of_peak=None)).axes) == 3
     meters = {"share_of_peak": 0.4, "gpu_memory_gib": 3.0, "gpu_power_w": 250.0, "gpu_temperature_c": 60.0}

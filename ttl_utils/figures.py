@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from ttl_utils import paper
 
@@ -49,6 +49,16 @@ def thousands(value: float, _: int) -> str:
     return f"{value:g}"
 
 
+def log_scale(axes: Axes) -> None:
+    """Log scale of what is drawn, whose ticks are plain numbers, also within one decade."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    subs = (1, 2, 5) if high > 20 * low else (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 8)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(thousands)
+
+
 def subplots(columns: int = 1, width: float | None = None, height: float = 3.4) -> tuple[Figure, Any]:
     return plt.subplots(1, columns, figsize=(width or (7.2 if columns == 1 else 9.6), height))
 
@@ -77,9 +87,8 @@ def checkpoints(run: Run, rows: list[dict], by_source: dict[str, dict]) -> Figur
     table = pd.DataFrame(rows)
     figure, (left, right) = subplots(2)
     left.plot(table.tokens, table.perplexity, "o-", color=OURS, ms=4)
-    left.set(
-        title="Held-out text, every checkpoint", xlabel="tokens seen", ylabel="perplexity (log scale)", yscale="log"
-    )
+    left.set(title="Held-out text, every checkpoint", xlabel="tokens seen", ylabel="perplexity (log scale)")
+    log_scale(left)
     left.xaxis.set_major_formatter(thousands)
     bits = pd.Series({name: values["bits_per_byte"] for name, values in by_source.items()}).sort_values()
     _bar_labels(right, right.barh(bits.index, bits.values, color=OURS), "%.2f")
@@ -118,13 +127,13 @@ def perplexity_against_energy(run: Run, rows: pd.DataFrame) -> Figure:
     """Our checkpoints, and the paper's (table 6 and the 160m's log), each at its own scale."""
     figure, (left, right) = subplots(2)
     left.plot(rows.energy_kwh * 1000, rows.perplexity, "o-", color=OURS, ms=4)
-    left.set(title=f"Ours ({run.name})", xlabel="energy (Wh)", ylabel="perplexity (log scale)", yscale="log")
+    left.set(title=f"Ours ({run.name})", xlabel="energy (Wh)", ylabel="perplexity (log scale)")
+    log_scale(left)
     logged = paper.table("evaluation_log")
     for size, colour in (("160m", PAPER_2), ("460m", PAPER)):
         points = logged[logged["size"] == size]
         right.plot(points.energy_kwh, points.perplexity, "o-", color=colour, ms=4, label=size)
-    right.set(title="Published (table 6, logs; another vocabulary)", xlabel="energy (kWh)", yscale="log")
-    right.set_yticks([12, 14, 16, 18, 20, 24], labels=["12", "14", "16", "18", "20", "24"])
-    right.minorticks_off()
+    right.set(title="Published (table 6, logs; another vocabulary)", xlabel="energy (kWh)")
+    log_scale(right)
     right.legend()
     return save(figure, run, "06_perplexity_energy", rows)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from ttl_utils import paper
-from ttl_utils.figures import LIGHT, OURS, PAPER, PAPER_2, save, subplots, thousands
+from ttl_utils.figures import LIGHT, OURS, PAPER, PAPER_2, log_scale, save, subplots, thousands
 from ttl_utils.health import Finding, findings
 from ttl_utils.progress import in_notebook
 
@@ -111,11 +111,10 @@ def perplexity(run: Run, records: list[dict]) -> Figure:
     _draw_published(right, "perplexity", "evaluation")
     right.set(title="Published (logs; another vocabulary)")
     for axes in (left, right):
-        axes.set(xlabel="tokens seen", yscale="log")
+        axes.set(xlabel="tokens seen")
+        log_scale(axes)
         axes.xaxis.set_major_formatter(thousands)
         axes.legend()
-    right.set_yticks([12, 14, 16, 18, 20, 24], labels=["12", "14", "16", "18", "20", "24"])
-    right.minorticks_off()
     return save(figure, run, "03_perplexity", held_out)
 
 
@@ -125,8 +124,11 @@ def speed(run: Run, records: list[dict]) -> Figure:
     lines = max(1, -(-len(known) // 3))
     figure, grid = plt.subplots(lines, 3, figsize=(9.6, 0.4 + 2.2 * lines), squeeze=False)
     for axes, (name, rows) in zip(grid.flat, known.items(), strict=False):
-        axes.plot(rows.tokens, rows[name], color=OURS, lw=1.2)
-        axes.set(title=PANELS[name], xlabel="tokens seen", ylim=(0, 1.1 * rows[name].max() or None))
+        # a small run's energy in watt-hours
+        factor = 1000 if name == "energy_kwh" and rows[name].max() < 0.1 else 1
+        title = PANELS[name] if factor == 1 else "Energy so far (Wh)"
+        axes.plot(rows.tokens, factor * rows[name], color=OURS, lw=1.2)
+        axes.set(title=title, xlabel="tokens seen", ylim=(0, 1.1 * factor * rows[name].max() or None))
         axes.xaxis.set_major_formatter(thousands)
         if "share" in name:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
