@@ -207,6 +207,7 @@ SMALLER: dict[str, Any] = {
         "eval_steps": 4,
         "eval_tokens": 2048,
         "save_steps": 4,
+        "search_steps": None,
         "prompts": ["O mercado", "Qual é"],
         "max_new_tokens": 4,
     },

@@ -13,6 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ttl_utils.errors import TTLError
+from ttl_utils.lean import kept_memory
 from ttl_utils.session import Loop, Session
 from ttl_utils.step import Step, learning_rate
 
@@ -27,7 +28,8 @@ def train(model: Any, tokenizer: Any, get_step: Callable[[int, Accelerator], Ste
         TTLError: the loss is not a number, or the run was interrupted or ran out of its `max_hours`.
     """
     settings = loop.settings
-    with Session(model, tokenizer, get_step, loop) as session, clean_stop(settings.max_hours) as stop:
+    kept = kept_memory() if loop.hardware.device == "cpu" else contextlib.nullcontext()
+    with Session(model, tokenizer, get_step, loop) as session, clean_stop(settings.max_hours) as stop, kept:
         if not session.records.rows:
             session.evaluate(session.first_step)
         for step in range(session.first_step, loop.max_steps):
