@@ -241,9 +241,22 @@ def test_status_and_plan(whole: Command) -> None:
     status = whole.ttl("status", "tiny")
     assert status.returncode == 0 and status.stdout.count("finished") == len(STAGES)
     assert whole.ttl("status", "nothing").returncode != 0
+    every = whole.ttl("status")
+    assert every.returncode == 0 and every.stdout == status.stdout
     for size, count in (("160m", "162,417,408"), ("460m", "468,239,360")):
         assert count in whole.ttl("plan", size).stdout
+    brazil = whole.ttl("plan", "160m", "--country", "BRA", "--budget", "40 kg CO2e")
+    assert brazil.returncode == 0 and "(BRA)" in brazil.stdout and "40 kg CO2e pays" in brazil.stdout
+    assert "365.5 g/kWh (as carbon.carbon_intensity_g_per_kwh says)" in whole.ttl("plan", "160m").stdout
     assert whole.ttl("run", "nanno").returncode != 0
+
+
+def test_runs_are_compared_and_a_missing_one_is_named(whole: Command) -> None:
+    compared = whole.ttl("compare", "tiny")
+    assert compared.returncode == 0, compared.stderr
+    assert (whole.outputs / "comparisons" / "tiny" / "curves.png").is_file()
+    missing = whole.ttl("compare", "tiny", "tinny")
+    assert missing.returncode != 0 and "'tinny'" in missing.stderr and "tiny" in missing.stderr
 
 
 def test_published_tokens_take_the_place_of_the_corpus(whole: Command, tiny: Tiny, tmp_path: Path) -> None:
