@@ -279,6 +279,17 @@ def test_standing_still_near_the_loss_of_guessing_is_found_and_low_is_not():
     assert findings(stuck, VOCAB, warmup_steps=600) == []
 
 
+def test_back_above_guessing_in_the_warm_up_is_a_divergence_and_a_slow_start_is_none():
+    uniform = math.log(VOCAB)
+    rows = [log(10 * n, uniform + change) for n, change in enumerate((-0.7, 0.2, -1.3, -1.5, -1.6), start=1)]
+    assert [(found.kind, found.step) for found in findings(rows, VOCAB, warmup_steps=50)] == [("divergence", 20)]
+    slow = [log(10 * n, uniform + change) for n, change in enumerate((0.02, -0.1, -0.3, -0.2, -0.6), start=1)]
+    assert findings(slow, VOCAB, warmup_steps=50) == []
+    # single steps wander more than that
+    noisy = [log(n, uniform + change) for n, change in enumerate((-0.6, 0.2, -0.5, 0.1, -0.6), start=1)]
+    assert findings(noisy, VOCAB, warmup_steps=50) == []
+
+
 # variance
 
 

@@ -68,6 +68,7 @@ class Health:
         self.spreads: deque[float] = deque(maxlen=3 * WINDOW)
         self.speeds: deque[float] = deque(maxlen=WINDOW)
         self.lowest: dict[int, tuple[float, int]] = {}  # records: their lowest median, and where
+        self.least = (math.inf, 0)  # loss of a record of many steps, and where
         self.doubling = (0, 0, 0.0, 0)  # first step, its tokens, sum of losses, records
         self.mean_before: float | None = None
         self.best = (math.inf, 0, math.inf)  # validation loss, step, training loss
@@ -175,9 +176,18 @@ class Health:
     def _see_level(self) -> None:
         """Divergence: above the lowest loss so far, or above that of guessing."""
         step, _ = self.at
-        if len(self.losses) < FEW:
-            return
         evidence, over, deviation = "", True, self._deviation()
+        newest = self.losses[-1]
+        if self.steps >= SPIKE_STEPS and step < self.warmup_steps + SETTLED_STEPS:
+            # back above guessing in the warm-up: the rate has grown too high for what was learned at its beginning
+            least, where = self.least = min((newest, step), self.least)
+            if newest > max(self.uniform, least + RISES[FEW][0]):
+                evidence = (
+                    f"loss {newest:.2f}, above the {self.uniform:.2f} of guessing, was {least:.2f} at step {where:,}"
+                )
+        if len(self.losses) < FEW:
+            self._judge("divergence", bool(evidence), evidence, over=newest < self.uniform)
+            return
         for records, (nats, deviations) in RISES.items():
             if len(self.losses) >= records:
                 level = self._level(records)
