@@ -282,8 +282,11 @@ def search_command(run: Run, steps: int) -> pd.DataFrame:
     with track(run.folder / "energy.jsonl", "03_search", run.params.carbon):
         table = search(run, steps)
     figure(run, table)
-    shown = ["name", "status", *MEASURED, *(f"{name}_ratio" for name in CLAIMS)]
-    print(table[shown].to_string(index=False, float_format=_number, na_rep=""))
+    # a terminal is narrow: what did not run stands below with its reason
+    shown = table.loc[table.status == OK, ["name", *MEASURED, *(f"{name}_ratio" for name in CLAIMS)]]
+    short = {"tokens_per_second": "tokens/s", "share_of_peak": "of peak", "peak_memory_gib": "GiB"}
+    short |= {"evaluation_tokens_per_second": "evaluating", "training_ratio": "ratio", "evaluation_ratio": "its ratio"}
+    print(shown.rename(columns=short).to_string(index=False, float_format=_number, na_rep=""))
     print("ratios: over the paper's baseline; memory on a CPU: of the whole process, with Python and PyTorch")
     for row in table[table.reason != ""].itertuples():
         print(f"{row.name}: {row.status}: {row.reason}")
