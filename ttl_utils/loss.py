@@ -45,6 +45,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 for_hidden[part] = (gradient @ matrix * learned).to(hidden.dtype)
             if for_weight is not None:
                 for_weight += gradient.t() @ (states * learned)
+            # before the next chunk's are made
+            del logits, gradient
         ctx.gradients = for_hidden, for_weight
         return total
 
