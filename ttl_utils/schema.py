@@ -350,7 +350,30 @@ class Pretraining(Optimisation):
 
 class Task(Section):
     name: str
-    num_fewshot: Annotated[int, Field(ge=0)]
+    # None: as the task's own file says
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+
+
+class Inference(Section):
+    """The load under which tokens per second are measured."""
+
+    batch_sizes: list[Positive] = Field(min_length=1)
+    prompt_tokens: Positive
+    new_tokens: Annotated[int, Field(ge=2)]
+
+
+class Generation(Section):
+    """What a model is made to write, to measure what section 5 of the paper warns of."""
+
+    prompts: list[str]
+    code_prompts: list[str]
+    samples: Positive
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(gt=0)]
+    top_k: Positive
+    top_p: Share
+    repetition_penalty: Annotated[float, Field(gt=0)]
+    toxicity: Toxicity | None
 
 
 class Downstream(Section):
@@ -377,13 +400,24 @@ class Downstream(Section):
 
 
 class Evaluation(Section):
+    # the weights' hash is the identity, not the place they came from
+    model: str | None = free(None)
+    model_revision: str | None = free(None)
+    texts: list[TextSet] = free()
+    texts_limit: Positive | None = free()
+    protocols: list[Literal["paper", "leaderboard"]]
     harness: list[Task]
     harness_limit: Positive | None
+    checkpoint_tasks: list[str] = free()
     downstream: list[Downstream]
     downstream_epochs: Positive
     downstream_batch_size: Positive
     downstream_learning_rate: Annotated[float, Field(gt=0)]
     downstream_weight_decay: Annotated[float, Field(ge=0)]
+    downstream_seeds: Positive
+    downstream_baselines: list[str]
+    inference: Inference | None = free()
+    generation: Generation | None = free()
     batch_size: Positive = free()
 
 
