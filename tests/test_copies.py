@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -352,8 +353,8 @@ def test_what_is_not_this_run_stays_where_it_is(drive, lost, capsys):
     assert "was moved aside here" in capsys.readouterr().out
     shutil.rmtree(lost.parent)
     (drive / "run" / STAGE / "stage.json").write_text("{")
-    assert not restore(str(drive), lost, "run", IDENTITY)
-    assert "could be looked for" in capsys.readouterr().out
+    with pytest.raises(TTLError, match="could not be looked for .*stage.json"):
+        restore(str(drive), lost, "run", IDENTITY)
     assert not lost.exists() and content(drive).keys() == before.keys()
 
 
@@ -456,11 +457,24 @@ def test_an_unreachable_hub_is_one_line_without_the_token(stage, hub, tmp_path, 
     hub.fails = ConnectionError(f"no route to https://user:{TOKEN}@hub.invalid {'x' * 250} {TOKEN} {TOKEN}")
     copy(stage, "hub:owner/name", *cp.list_checkpoints(stage / "checkpoints"))
     lost = tmp_path / "elsewhere" / "run" / STAGE
-    assert not restore("hub:owner/name", lost, "run", IDENTITY)
     said = capsys.readouterr().out
     assert said.count("training goes on") == 1 and "3 failed, the last one too (no route to" in said
-    assert "could be looked for (no route" in said
-    assert TOKEN[:5] not in said and cp.list_checkpoints(lost) == []
+    # to begin anew would throw away what may be there
+    with pytest.raises(TTLError, match=r"could not be looked for \(no route.*set copy_to") as found:
+        restore("hub:owner/name", lost, "run", IDENTITY)
+    assert TOKEN[:5] not in said + str(found.value) and cp.list_checkpoints(lost) == []
+    assert not list(lost.glob(".fetched-*"))
+
+
+def test_a_repository_that_is_not_there_yet_holds_no_copy(hub, tmp_path, capsys):
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    response = SimpleNamespace(headers={}, request=None, status_code=404)
+    hub.fails = RepositoryNotFoundError("404", response=response)
+    assert not restore("hub:owner/name", tmp_path / "run" / STAGE, "run", IDENTITY)
+    hub.fails = GatedRepoError("403", response=response)
+    with pytest.raises(TTLError, match="could not be looked for"):
+        restore("hub:owner/name", tmp_path / "run" / STAGE, "run", IDENTITY)
 
 
 def test_a_download_that_breaks_off_begins_nothing_anew(stage, hub, tmp_path, monkeypatch):

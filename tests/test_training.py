@@ -21,7 +21,7 @@ from ttl_utils import carbon, checkpoints
 from ttl_utils import session as se
 from ttl_utils import training as tr
 from ttl_utils.devices import Peak
-from ttl_utils.errors import ParameterError, TTLError
+from ttl_utils.errors import DamagedFile, ParameterError, TTLError
 from ttl_utils.loss import IGNORED, Learner, summed_loss
 from ttl_utils.model import Hardware, new_model
 from ttl_utils.params import load_params
@@ -258,6 +258,9 @@ def test_records_after_the_checkpoint_are_dropped_and_a_torn_line_too(tmp_path):
     assert records.rows == read_records(path) == whole[:2]
     records.add({"step": 3, "loss": 2.5})
     assert read_records(path) == [*whole[:2], {"step": 3, "loss": 2.5}]
+    path.write_bytes(path.read_bytes() + b"\0\0\0\n" + b'{"step": 4}\n')
+    with pytest.raises(DamagedFile, match="metrics.jsonl, line 4: not a record"):
+        read_records(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
     path.write_text(text)
     # another process of a distributed run reads, and leaves the file to the first

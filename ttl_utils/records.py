@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ttl_utils.errors import DamagedFile
+
 
 class Records:
     """`metrics.jsonl`: one line a record; what lies after the checkpoint resumed from is dropped, to be made again."""
@@ -29,8 +31,23 @@ class Records:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The whole lines of a metrics.jsonl; one that is being written is not whole yet."""
+    """The whole lines of a metrics.jsonl; one that is being written is not whole yet.
+
+    Raises:
+        DamagedFile: a line is not a record.
+    """
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+    rows = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise DamagedFile(
+                    f"{path}, line {number}: not a record (a disk that failed, most likely). Delete that line, a point "
+                    "of the curve, and run again"
+                ) from None
+    return rows

@@ -22,7 +22,7 @@ def restore(target: str, stage_folder: Path, run_name: str, identity: dict) -> b
     stage was moved aside here: it was to be made anew.
 
     Raises:
-        TTLError: `copy_to` cannot be meant, or there is a copy and it cannot be brought back.
+        TTLError: `copy_to` cannot be meant, or it cannot be asked for a copy, or one cannot be brought back.
     """
     place = place_of(target, stage_folder)
     if checkpoints.list_checkpoints(stage_folder / "checkpoints"):
@@ -42,8 +42,13 @@ def restore(target: str, stage_folder: Path, run_name: str, identity: dict) -> b
             if not _fits(target, copy, stage_folder, identity):
                 return False
         except Exception as error:
-            print(f"copy_to {target}: no copy of this run could be looked for ({without_token(error)})")
-            return False
+            if _is_not_there(error):
+                return False
+            # a run begun anew would soon be copied over the one that may be there
+            raise TTLError(
+                f"copy_to {target}: a copy of this run there could not be looked for ({without_token(error)}). Run "
+                "again when it can be; or, to begin without it, set copy_to to another place or to null"
+            ) from error
         try:
             if download:
                 download()
@@ -55,6 +60,12 @@ def restore(target: str, stage_folder: Path, run_name: str, identity: dict) -> b
                 f"copy_to {target}: the copy of this run there could not be brought back ({without_token(error)}). "
                 "Run again; or, to begin anew, set copy_to to another place or to null"
             ) from error
+
+
+def _is_not_there(error: Exception) -> bool:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    return isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
 
 
 def _fits(target: str, copy: Path, stage_folder: Path, identity: dict) -> bool:
