@@ -25,7 +25,7 @@ from ttl_utils.blocks import TokenBlocks, TokenWriter
 from ttl_utils.corpus import documents
 from ttl_utils.encoding import Codec, Words
 from ttl_utils.errors import SourceError, TTLError
-from ttl_utils.evaluation import by_source
+from ttl_utils.perplexity import by_source
 from ttl_utils.files import read_json, sha256
 from ttl_utils.packing import batches, framed, token_bytes
 from ttl_utils.tokenizer import BOS, EOS, load_tokenizer, prepare_tokenizer

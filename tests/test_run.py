@@ -52,7 +52,8 @@ FREE = {
     *(f"{section}.{key}" for section in ("pretraining", "chat") for key in LOOP.split()),
     *(f"pretraining.{key}" for key in ("eval_steps", "eval_tokens", "prompts", "max_new_tokens")),
     *(f"pretraining.{key}" for key in ("init_revision", "init_schedule", "search_steps")),
-    "evaluation.batch_size",
+    *(f"evaluation.{key}" for key in ("batch_size", "model_revision", "texts", "texts_limit", "checkpoint_tasks")),
+    *(f"evaluation.{key}" for key in ("inference", "generation")),
     "carbon.measure_power_s",
 }
 
@@ -137,6 +138,7 @@ KEYS = [
 ]
 # the weights that it names are the identity, not the name: test_initial
 KEYS.remove(("pretraining", "init_from"))
+KEYS.remove(("evaluation", "model"))
 
 
 def changed(value: Any) -> Any:
@@ -204,6 +206,20 @@ def test_inputs_are_identity_by_their_bytes():
     other = a_run(name="other", data={"test_share": 0.2})
     make(other, "01_data")
     assert other.stage("02_tokenizer").identity() != identity
+
+
+def test_a_model_that_is_named_takes_the_place_of_the_runs_own(monkeypatch):
+    weights = {"weights": "a"}
+    monkeypatch.setattr("ttl_utils.subject.fingerprint", lambda params, recorded: weights)
+    other = a_run(evaluation={"model": "somebody/model"}).stage("04_evaluation")
+    assert other.inputs() == ("01_data/corpus", "01_data/downstream")
+    assert other.identity()["evaluated weights"] == weights
+    assert not any("03_pretraining" in key or "02_tokenizer" in key for key in other.identity())
+    own = a_run().stage("04_evaluation")
+    assert own.inputs() == STAGES["04_evaluation"].inputs and "evaluated weights" not in own.identity()
+    # no other stage knows of it
+    chat = a_run(evaluation={"model": "somebody/model"}).stage("05_chat")
+    assert chat.inputs() == STAGES["05_chat"].inputs
 
 
 # reuse

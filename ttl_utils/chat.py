@@ -15,7 +15,6 @@ from ttl_utils import carbon
 from ttl_utils.checkpoints import save_model_folder
 from ttl_utils.corpus import documents
 from ttl_utils.errors import TTLError
-from ttl_utils.evaluation import load_model
 from ttl_utils.files import write_json
 from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import choose_hardware
@@ -24,6 +23,7 @@ from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Chat
 from ttl_utils.session import Loop
 from ttl_utils.step import Step
+from ttl_utils.subject import load_model
 from ttl_utils.tokenizer import load_tokenizer
 from ttl_utils.training import train
 

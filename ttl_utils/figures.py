@@ -78,36 +78,8 @@ def save_in(folder: Path, figure: Figure, name: str, data: pd.DataFrame) -> Figu
     return figure
 
 
-def _bar_labels(axes: Axes, bars: Any, form: str) -> None:
+def bar_labels(axes: Axes, bars: Any, form: str) -> None:
     axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
-
-
-def checkpoints(run: Run, rows: list[dict], by_source: dict[str, dict]) -> Figure:
-    """Perplexity over checkpoints, and bits per byte of each source."""
-    table = pd.DataFrame(rows)
-    figure, (left, right) = subplots(2)
-    left.plot(table.tokens, table.perplexity, "o-", color=OURS, ms=4)
-    left.set(title="Held-out text, every checkpoint", xlabel="tokens seen", ylabel="perplexity (log scale)")
-    log_scale(left)
-    left.xaxis.set_major_formatter(thousands)
-    bits = pd.Series({name: values["bits_per_byte"] for name, values in by_source.items()}).sort_values()
-    _bar_labels(right, right.barh(bits.index, bits.values, color=OURS), "%.2f")
-    right.set(title="Final model, by source", xlabel="bits per byte (fewer is better)")
-    return save(figure, run, "04_perplexity", table)
-
-
-def scores_beside_chance(run: Run, rows: pd.DataFrame) -> Figure:
-    """Each score beside what a constant answer gets; whiskers are one standard error."""
-    figure, axes = subplots(height=0.9 + 0.6 * len(rows))
-    places = range(len(rows))
-    bars = axes.barh([p - 0.2 for p in places], rows.score, 0.38, xerr=rows.stderr, color=OURS, label="ours")
-    axes.barh([p + 0.2 for p in places], rows.constant, 0.38, color="#d0d0d0", label="constant answer")
-    _bar_labels(axes, bars, "%.1f")
-    axes.set_yticks(list(places), rows.task)
-    axes.invert_yaxis()
-    axes.set(title="Scores beside a constant answer", xlabel="score (%); whiskers: one standard error", xlim=(0, 100))
-    figure.legend(loc="outside lower center", ncols=2)
-    return save(figure, run, "04_scores", rows)
 
 
 def energy_by_stage(run: Run, totals: pd.DataFrame) -> Figure:

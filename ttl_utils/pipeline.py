@@ -209,6 +209,13 @@ def pretrain_without_notebook(arguments: argparse.Namespace) -> None:
         pretrain(Run(load_params(given_values(arguments))))
 
 
+def evaluate_checkpoints(arguments: argparse.Namespace) -> None:
+    from ttl_utils.evaluation import evaluate_under_way
+    from ttl_utils.score_tables import checkpoint_table
+
+    print(checkpoint_table(evaluate_under_way(Run(load_params(given_values(arguments))))).to_string(index=False))
+
+
 def show_plan(arguments: argparse.Namespace) -> None:
     from ttl_utils.planning import report
 
@@ -266,6 +273,7 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--unique-tokens", type=float, help="tokens of the corpus; default: those of the published one")
     search = sized("search", search_configurations, "time precision, attention, batch split and more on this machine")
     search.add_argument("--steps", type=int, default=3, help="timed steps of each configuration")
+    sized("evaluate", evaluate_checkpoints, "perplexity and checkpoint_tasks of the checkpoints so far, also under way")
     compare = commands.add_parser("compare", help="runs beside each other: parameters, curves, figures, one table")
     compare.add_argument("runs", nargs="+", metavar="RUN")
     compare.set_defaults(call=compare_runs)

@@ -16,11 +16,11 @@ from ttl_utils import carbon, devices
 from ttl_utils.blocks import TokenBlocks, step_indices
 from ttl_utils.checkpoints import save_model_folder
 from ttl_utils.errors import TTLError
-from ttl_utils.evaluation import perplexity
 from ttl_utils.files import write_text
 from ttl_utils.health import findings
 from ttl_utils.initial import lineage, starting_point
 from ttl_utils.model import choose_hardware, count_parameters, flops_per_token
+from ttl_utils.perplexity import perplexity
 from ttl_utils.records import read_records
 from ttl_utils.restore import restore
 from ttl_utils.run import Run, Stage

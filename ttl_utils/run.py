@@ -157,7 +157,7 @@ class Stage:
         identity: dict[str, Any] = {"seed": params.seed}
         for section in self.definition.sections:
             identity[section] = getattr(params, section).identity()
-        for name in self.definition.inputs:
+        for name in self.inputs():
             stage, group = name.split("/")
             source = self.run.stage(stage)
             identity[f"input {name}"] = source.manifest()["outputs"][group]["fingerprint"] if source.finished else None
@@ -167,7 +167,19 @@ class Stage:
             from ttl_utils.initial import fingerprint
 
             identity["initial weights"] = fingerprint(params, self._recorded().get("initial weights"))
+        if self._judges_another_model():
+            from ttl_utils.subject import fingerprint as weights_of
+
+            identity["evaluated weights"] = weights_of(params, self._recorded().get("evaluated weights"))
         return json.loads(json.dumps(identity))
+
+    def inputs(self) -> tuple[str, ...]:
+        """Outputs of earlier stages; a model that the parameters name takes the place of the run's own."""
+        own = ("02_tokenizer/tokens", "03_pretraining/model")
+        return tuple(name for name in self.definition.inputs if not (self._judges_another_model() and name in own))
+
+    def _judges_another_model(self) -> bool:
+        return "evaluation" in self.definition.sections and self.run.params.evaluation.model is not None
 
     def _recorded(self) -> dict:
         """The identity with which the work in this folder began; {} where it has not."""
@@ -270,7 +282,7 @@ class Stage:
             with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
                 yield energy
             return
-        for name in self.definition.inputs:
+        for name in self.inputs():
             stage, group = name.split("/")
             self.run.need(stage).verify(group)
         with self._alone():
@@ -327,12 +339,12 @@ class Stage:
         self.run.record()
 
     @contextlib.contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Energy of work on a finished stage: reports that are made when they are asked for."""
+    def measuring(self) -> Iterator[Any]:
+        """Energy of work on a finished stage: reports that are made when they are asked for. Yields the tracker."""
         from ttl_utils.carbon import track
 
-        with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon):
-            yield
+        with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
+            yield energy
 
     def add_metrics(self, **more: Any) -> None:
         """Figures of a finished stage that were measured after it."""
