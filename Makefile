@@ -9,8 +9,9 @@ TORCH_INDEX ?=
 nano: $(VENV)/.ready
 	$(BIN)/ttl run nano
 
+# files side by side; `python -m pytest` alone runs them one after another
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .
