@@ -22,7 +22,7 @@ from ttl_utils.encoding import plain_ids
 from ttl_utils.errors import TTLError
 from ttl_utils.progress import Progress
 from ttl_utils.schema import Generation
-from ttl_utils.subject import begins
+from ttl_utils.subject import first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,7 +77,7 @@ def prompt_parts(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) ->
         TTLError: the tokenizer has no chat template, or one that does not pass the user's words on; no token at all.
     """
     if not chat:
-        before, (words,) = begins(tokenizer), plain_ids(tokenizer, [prompt])
+        before, (words,) = first_ids(tokenizer), plain_ids(tokenizer, [prompt])
         if not before + words:
             raise TTLError(f"evaluation.generation: prompt {prompt!r} has no token to begin from")
         return before, words, []
