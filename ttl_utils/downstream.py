@@ -1,166 +1,230 @@
-"""Downstream classification (paper, section 4.1, table 5): fine-tune, score, beside the constant answer."""
+"""Downstream classification (paper, section 4.1, table 5): every set, model and seed, and going on after a stop."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
+import copy
+import re
+import shutil
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch.nn.functional import cross_entropy
 
-from ttl_utils import hub
-from ttl_utils.checkpoints import save_model_folder
-from ttl_utils.corpus import documents
-from ttl_utils.errors import SourceError, TTLError
+from ttl_utils.checkpoints import WEIGHTS, save_pretrained, set_aside, swap
+from ttl_utils.classifier import RECIPE, constant_answer, fine_tune
+from ttl_utils.classifier_card import model_card
+from ttl_utils.errors import SourceError
+from ttl_utils.examples import Examples, fed_pieces, load_examples, make_rows, wrong
+from ttl_utils.files import read_json, write_json, write_text
+from ttl_utils.origins import Origin, find_baseline, find_origin, not_run
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
-from ttl_utils.schema import Downstream
-from ttl_utils.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ttl_utils.model import Hardware
 
 
-def load_downstream(item: Downstream, corpus: Stage) -> dict[str, Any]:
-    """{"train": [(text, label)], "test": [...]}; {"status": "not run", "reason"} where the hub cannot be reached."""
-    if item.source:
-        rows = {
-            side: [row for row in documents(corpus, "downstream", side) if row["source"] == item.source]
-            for side in ("train", "test")
-        }
-    else:
-        try:
-            rows = {
-                side: list(hub.load(item.dataset, item.config, split, item.revision, streaming=False))
-                for side, split in (("train", item.train_split), ("test", item.test_split))
-            }
-        except SourceError as error:
-            return {"status": "not run", "reason": str(error)}
-    data = {side: [_example(item, row) for row in found] for side, found in rows.items()}
-    if not data["train"] or not data["test"]:
-        raise TTLError(f"downstream {item.name!r}: {len(data['train'])} training and {len(data['test'])} test examples")
-    unseen = {label for _, label in data["test"]} - {label for _, label in data["train"]}
-    if unseen:
-        raise TTLError(
-            f"downstream {item.name!r}: label {sorted(unseen, key=str)[0]!r} of the test set is not in the training set"
-        )
-    return data
+@dataclass(frozen=True)
+class Work:
+    """What all fine-tunings of a stage share."""
+
+    run: Run
+    seeds: list[int]
+    hardware: Hardware
+    progress: Progress
 
 
-def _example(item: Downstream, row: dict) -> tuple[str, Any]:
-    try:
-        return item.text.format(**row), row[item.label]
-    except KeyError as error:
-        raise TTLError(f"downstream {item.name!r}: there is no column {error}; there are {', '.join(row)}") from None
+def run_downstream(
+    run: Run,
+    corpus: Stage,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    hardware: Hardware,
+    about: dict[str, Any],
+) -> dict[str, dict]:
+    """Fine-tune `base` and the baselines on each set, with each seed; one entry per set, by its name.
 
+    `folder` gets `<set>/seed-<n>/result.json` as each fine-tuning ends (a baseline's under `<set>/baselines/<name>/`),
+    and the first seed's best classifier as `<set>/model/`. What stands there from the same weights, data and settings
+    is not done again; a fine-tuning that was stopped half-way begins anew. `about["model"]` is the base model's name.
 
-def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy and macro-averaged F1 over the labels that occur in `labels` or `predicted`."""
-    f1 = []
-    for label in np.union1d(predicted, labels):
-        hits = np.sum((predicted == label) & (labels == label))
-        f1.append(2 * hits / (np.sum(predicted == label) + np.sum(labels == label)))
-    return {"accuracy": float(np.mean(predicted == labels)), "macro_f1": float(np.mean(f1))}
+    With several seeds the figures are means over them and `accuracy_std` the sample deviation; `best_epoch` is the
+    first seed's. `stderr` is the test set's: what another sample of so many examples would change.
 
-
-def constant_answer(train: np.ndarray, test: np.ndarray) -> dict[str, float]:
-    """The scores of always answering the training set's most frequent label."""
-    label = Counter(train.tolist()).most_common(1)[0][0]
-    return scores(np.full(len(test), label), test)
-
-
-def fine_tune(data: dict, item: Downstream, base: Path, folder: Path, run: Run, hardware: Hardware) -> dict[str, Any]:
-    """Fine-tune a classifier on the base model; the best epoch by test accuracy, as in the paper, and the last.
-
-    The paper chooses the epoch on the test set, which flatters a little: the last epoch stands beside it.
+    Raises:
+        TTLError: a set's columns, labels or length do not fit, or a loss is no number.
     """
-    from transformers import AutoModelForSequenceClassification
+    settings = run.params.evaluation
+    sets = _load_sets(run, corpus)
+    found: dict[str, dict] = {name: one for name, one in sets.items() if isinstance(one, dict)}
+    readable = {name: one for name, one in sets.items() if isinstance(one, Examples)}
+    subject = find_origin(about.get("model") or run.name, base, tokenizer)
+    for examples in readable.values():
+        if examples.item.max_length > subject.context:
+            limit = f"max_length {examples.item.max_length} is longer than the model's context, {subject.context}"
+            raise wrong(examples.item, limit)
+    others = {name: find_baseline(name) for name in settings.downstream_baselines} if readable else {}
+    seeds = [run.params.seed + number for number in range(settings.downstream_seeds)]
+    models = 1 + sum(isinstance(origin, Origin) for origin in others.values())
+    total = sum(_steps(run, examples) for examples in readable.values()) * len(seeds) * models
+    with Progress("fine-tuning steps", total, folder.parent / "status.json") as progress:
+        work = Work(run, seeds, hardware, progress)
+        for name, examples in readable.items():
+            place = folder / _plain(name)
+            found[name] = _fine_tunings(work, examples, subject, place, about)
+            found[name]["baselines"] = {
+                other: _or_not_run(work, examples, origin, place / "baselines" / _plain(other))
+                for other, origin in others.items()
+            }
+    return {item.name: found[item.name] for item in settings.downstream}
 
-    settings, started = run.params.evaluation, time.monotonic()
-    tokenizer = load_tokenizer(base)
-    names = sorted({label for _, label in data["train"]}, key=str)
-    place = {label: index for index, label in enumerate(names)}
-    labels = {side: np.array([place[label] for _, label in rows]) for side, rows in data.items()}
-    ids = {side: [_ids(tokenizer, text, item.max_length) for text, _ in rows] for side, rows in data.items()}
-    torch.manual_seed(run.params.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base,
-        num_labels=len(names),
-        id2label={index: str(label) for label, index in place.items()},
-        label2id={str(label): index for label, index in place.items()},
-        dtype=torch.float32,
-        attn_implementation="sdpa",
-    ).to(hardware.device)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.downstream_learning_rate,
-        weight_decay=settings.downstream_weight_decay,
-        eps=1e-8,
-    )
-    autocast = torch.autocast(hardware.device, torch.bfloat16, enabled=hardware.precision == "bf16")
-    size, epochs, best = settings.downstream_batch_size, [], None
-    steps = -(-len(ids["train"]) // size) * settings.downstream_epochs
-    with Progress(f"{item.name}: steps", steps) as progress:
-        for epoch in range(settings.downstream_epochs):
-            model.train()
-            order = np.random.default_rng([run.params.seed, epoch]).permutation(len(ids["train"]))
-            for start in range(0, len(order), size):
-                chosen = order[start : start + size]
-                inputs = _padded([ids["train"][n] for n in chosen], tokenizer.pad_token_id, hardware.device)
-                with autocast:
-                    logits = model(**inputs).logits
-                target = torch.from_numpy(labels["train"][chosen]).to(hardware.device)
-                cross_entropy(logits.float(), target).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                progress.update(progress.done + 1)
-            found = scores(_predict(model, ids["test"], tokenizer.pad_token_id, hardware, autocast), labels["test"])
-            epochs.append({"epoch": epoch + 1, **found})
-            if best is None or found["accuracy"] > best["accuracy"]:
-                best = epochs[-1]
-                save_model_folder(model, tokenizer, folder)
+
+def _load_sets(run: Run, corpus: Stage) -> dict[str, Examples | dict]:
+    """All of them before any work: what is wrong with one is said at once, what cannot be had is a row."""
+    sets: dict[str, Examples | dict] = {}
+    for item in run.params.evaluation.downstream:
+        if item.name in sets:
+            raise wrong(item, "there are two sets of that name in evaluation.downstream")
+        try:
+            sets[item.name] = load_examples(item, corpus)
+        except SourceError as error:
+            sets[item.name] = not_run(str(error))
+    return sets
+
+
+def _steps(run: Run, examples: Examples) -> int:
+    settings = run.params.evaluation
+    return -(-len(examples.labels["train"]) // settings.downstream_batch_size) * settings.downstream_epochs
+
+
+def _plain(name: str) -> str:
+    """A folder's name for a set's or a model's."""
+    return re.sub(r"[^\w.-]+", "--", name).strip("-.") or "unnamed"
+
+
+def _or_not_run(work: Work, examples: Examples, origin: Origin | dict, place: Path) -> dict[str, Any]:
+    """A baseline's figures, or the row that says why there are none."""
+    if isinstance(origin, dict):
+        return origin
+    left = work.progress.total - work.progress.done
+    try:
+        return _fine_tunings(work, examples, origin, place)
+    except SourceError as error:
+        # of its steps, none is waited for any more
+        gone = left - (work.progress.total - work.progress.done)
+        work.progress.total -= _steps(work.run, examples) * len(work.seeds) - gone
+        return not_run(str(error))
+
+
+def _identity(run: Run, examples: Examples, origin: Origin, seed: int, max_length: int) -> dict[str, Any]:
+    """All that decides a fine-tuning's result, beside rounding."""
+    settings = run.params.evaluation
     return {
-        "accuracy": best["accuracy"],
-        "macro_f1": best["macro_f1"],
-        "best_epoch": best["epoch"],
-        "last_epoch": epochs[-1],
-        "epochs": epochs,
-        "constant_answer": constant_answer(labels["train"], labels["test"]),
-        "labels": [str(name) for name in names],
-        "train_examples": len(ids["train"]),
-        "test_examples": len(ids["test"]),
-        "stderr": float(np.sqrt(best["accuracy"] * (1 - best["accuracy"]) / len(ids["test"]))),
-        "seed": run.params.seed,
-        "from_mirror": bool(item.dataset and hub.mirrored(item.dataset)),
-        "duration_s": round(time.monotonic() - started, 2),
+        "weights": origin.weights,
+        "data": examples.fingerprint,
+        "max_length": max_length,
+        "epochs": settings.downstream_epochs,
+        "batch_size": settings.downstream_batch_size,
+        "learning_rate": settings.downstream_learning_rate,
+        "weight_decay": settings.downstream_weight_decay,
+        **RECIPE,
+        "seed": seed,
     }
 
 
-def _ids(tokenizer: Any, text: str, max_length: int) -> list[int]:
-    # a format that begins with <s> brings its own; the tokenizer would put another before it
-    text = text.removeprefix("<s>")
-    return tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+def _fine_tunings(
+    work: Work, examples: Examples, origin: Origin, place: Path, about: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """One model on one set, with every seed; `about`: it is the one whose first classifier is kept."""
+    run, item, rows, results = work.run, examples.item, None, []
+    partial = place / ".model.partial"
+    # an encoder's own limit; the subject's context was checked
+    length = min(item.max_length, origin.context, origin.tokenizer.model_max_length)
+    for seed in work.seeds:
+        where = f"{item.name} · {origin.name} · seed {seed}"
+        identity = _identity(run, examples, origin, seed, length)
+        path = place / f"seed-{seed}" / "result.json"
+        model = place / "model" if about is not None and seed == work.seeds[0] else None
+        old = read_json(path) if path.is_file() else {}
+        if old.get("identity") == identity and (model is None or (model / WEIGHTS).is_file()):
+            print(f"{where}: done before")
+            work.progress.total -= _steps(run, examples)
+            results.append(old)
+            continue
+        for other in (path, model):
+            if old and other and other.exists():
+                print(f"{where}: {other.name} is kept as {set_aside(other, 'other').name}")
+        if rows is None:
+            rows = make_rows(examples, origin.tokenizer, origin.encoder, length, origin.vocab_size)
+        shutil.rmtree(partial, ignore_errors=True)
+        result = fine_tune(
+            origin,
+            examples.names,
+            rows,
+            seed,
+            run.params.evaluation,
+            work.hardware,
+            advance=lambda note, where=where: work.progress.update(work.progress.done + 1, f"{where} · {note}"),
+            keep=None if model is None else lambda classifier: _save(classifier, origin.tokenizer, length, partial),
+        )
+        if model:
+            card = model_card(run, examples, fed_pieces(examples, origin.tokenizer), origin, about, length, result)
+            write_text(partial / "README.md", card)
+            swap(model, partial)
+        results.append({"identity": identity, **result})
+        write_json(path, results[-1])
+    fed = _pair(examples) if origin.encoder else "".join(fed_pieces(examples, origin.tokenizer))
+    return summary(examples, results) | {"model": origin.name, "fed": fed, "max_length": length}
 
 
-def _padded(rows: list[list[int]], pad: int, device: str) -> dict[str, torch.Tensor]:
-    """Right-padded ids and mask, (batch, longest)."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
+def _save(classifier: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, folder: Path) -> None:
+    """A folder for `from_pretrained`, whose tokenizer cuts and pads as the classifier was trained."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length, tokenizer.padding_side = max_length, "right"
+    save_pretrained(classifier, tokenizer, folder)
 
 
-@torch.no_grad()
-def _predict(model: Any, rows: list[list[int]], pad: int, hardware: Hardware, autocast: Any) -> np.ndarray:
-    model.eval()
-    predicted = np.empty(len(rows), dtype=np.int64)
-    order = np.argsort([len(row) for row in rows], kind="stable")
-    for start in range(0, len(order), 32):
-        chosen = order[start : start + 32]
-        with autocast:
-            logits = model(**_padded([rows[n] for n in chosen], pad, hardware.device)).logits
-        predicted[chosen] = logits.argmax(-1).cpu().numpy()
-    return predicted
+def _pair(examples: Examples) -> str:
+    first, *more = [piece for piece in examples.pieces if piece not in ("<s>", "</s>")]
+    return f"a pair: {first} and {' '.join(more)}" if more else first
+
+
+def summary(examples: Examples, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of one model on one set, over its seeds."""
+
+    def over(values: list[dict]) -> dict[str, Any]:
+        return {key: statistics.fmean(value[key] for value in values) for key in values[0] if key != "epoch"}
+
+    def deviation(key: str, epoch: str = "best_epoch") -> float | None:
+        return statistics.stdev(result[epoch][key] for result in results) if len(results) > 1 else None
+
+    best = over([result["best_epoch"] for result in results])
+    count = {side: len(labels) for side, labels in examples.labels.items()}
+    each = zip(*(result["epochs"] for result in results), strict=True)
+    epochs = [{"epoch": number, **over(list(epoch))} for number, epoch in enumerate(each, start=1)]
+    names = ("truncated", "padding_share", "precision", "device")
+    return {
+        "accuracy": best["accuracy"],
+        "accuracy_std": deviation("accuracy"),
+        "macro_f1": best["macro_f1"],
+        "macro_f1_std": deviation("macro_f1"),
+        "best_epoch": results[0]["best_epoch"]["epoch"],
+        "last_epoch": epochs[-1] | {"accuracy_std": deviation("accuracy", "last_epoch")},
+        "epochs": epochs,
+        "constant_answer": constant_answer(examples.labels["train"], examples.labels["test"]),
+        "labels": examples.names,
+        "train_examples": count["train"],
+        "test_examples": count["test"],
+        "stderr": float(np.sqrt(best["accuracy"] * (1 - best["accuracy"]) / count["test"])),
+        "seed": results[0]["seed"],
+        "seeds": [result["seed"] for result in results],
+        "runs": [{key: result[key] for key in ("seed", "best_epoch", "last_epoch")} for result in results],
+        **{name: results[0][name] for name in names},
+        "from_mirror": examples.from_mirror,
+        "duration_s": round(sum(result["duration_s"] for result in results), 2),
+    }
