@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from ttl_utils import checkpoints as cp
-from ttl_utils import hub, initial
+from ttl_utils import hub
 from ttl_utils.errors import ParameterError, SourceError, TTLError
 from ttl_utils.files import read_json, sha256, write_json
 from ttl_utils.initial import fingerprint, lineage, starting_point
@@ -48,8 +48,8 @@ def made(tiny_done, tokenizer, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_cached():
-    initial._folder.cache_clear()
-    initial._sha256.cache_clear()
+    hub.local_model.cache_clear()
+    hub.cached_sha256.cache_clear()
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_other_forms_of_the_same_weights(begin, made, tmp_path):
     }
     write_json(folder / "config.json", config | {"bos_token_id": 9, "use_cache": False})
     write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 0.3})
-    initial._folder.cache_clear()
+    hub.local_model.cache_clear()
     model = begin.start(folder).model
     for weights, expected in zip(model.parameters(), made.model.parameters(), strict=True):
         assert weights.dtype == torch.float32 and torch.equal(weights, expected.bfloat16().float())
@@ -301,7 +301,7 @@ def test_the_identity_is_the_weights_and_the_schedule(begin, made, tmp_path):
 def test_weights_are_hashed_once(begin, monkeypatch):
     params = begin().params
     wanted = fingerprint(params)
-    monkeypatch.setattr(initial, "sha256", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(hub, "sha256", lambda path: pytest.fail("hashed again"))
     assert fingerprint(params) == wanted
 
 
@@ -309,7 +309,7 @@ def test_what_cannot_be_had_any_more_is_what_was_recorded(begin):
     recorded = fingerprint(begin().params)
     shutil.rmtree(begin.checkpoint)
     assert fingerprint(begin().params, recorded) == recorded
-    initial._folder.cache_clear()
+    hub.local_model.cache_clear()
     assert fingerprint(begin().params, recorded) == recorded
     for schedule, known in (("same", recorded), ("new", None)):
         with pytest.raises(SourceError, match="there is no such folder"):
@@ -357,7 +357,7 @@ def test_a_hub_model_at_a_revision(begin, made, published, tokenizer):
 def test_an_unreachable_hub_is_the_cache_where_there_is_one(begin, made, published):
     published.there, published.cached = False, True
     assert same(begin.start("alguem/modelo").model, made.model)
-    initial._folder.cache_clear()
+    hub.local_model.cache_clear()
     published.cached = False
     with pytest.raises(SourceError, match="hub cannot be reached"):
         begin.start("alguem/modelo")

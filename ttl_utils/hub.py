@@ -6,15 +6,22 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ttl_utils import checkpoints
+from ttl_utils.checkpoints import WEIGHTS
 from ttl_utils.errors import SourceError
+from ttl_utils.files import read_json, sha256
 from ttl_utils.local_files import Choose, Files, Problem, parquet
 from ttl_utils.schema import Source, TextSet
 
 # the branch where the hub keeps its own Parquet copy of a data set: a folder for each configuration
 PARQUET_BRANCH = "refs/convert/parquet"
+INDEX = f"{WEIGHTS}.index.json"
+# of a model: configuration, safetensors weights, tokenizer
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
 
 
 def mirrored(name: str) -> Path | None:
@@ -93,6 +100,62 @@ def model_folder(name: str, revision: str | None = None) -> str | Path:
     if found is None:
         _ask(name, revision, "model")
     return found or name
+
+
+@cache
+def local_model(name: str, revision: str | None, key: str) -> Path:
+    """Where a model's files are: a folder, the mirror's, or the hub's cache, which also serves without the hub.
+
+    `key` is the parameter that names it.
+
+    Raises:
+        SourceError: as `model_folder`, and the cache has no copy.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    try:
+        where = model_folder(name, revision)
+        if isinstance(where, str):
+            where = snapshot_download(where, revision=revision, allow_patterns=MODEL_FILES)
+    except (SourceError, OSError, HTTPError) as error:
+        try:
+            where = snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=True)
+        except (LocalEntryNotFoundError, ValueError):
+            raise SourceError(f"{key}: {error}") from None
+    return Path(where)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit, where the folder is the hub cache's, which keeps a commit's files in a folder of its name."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def weight_files(folder: Path, key: str) -> list[Path]:
+    """A model folder's safetensors files; raises SourceError where it has none, or not all that its index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        paths = [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise SourceError(f"{key}: {folder} lacks {', '.join(missing)}, which its {INDEX} names: copy it whole")
+        return paths
+    inside = [path for name in (".", "checkpoints") for path in checkpoints.list_checkpoints(folder / name)]
+    hint = f"Name one of its checkpoints, such as {inside[-1]}" if inside else "Other formats are not read"
+    raise SourceError(f"{key}: {folder} holds no {WEIGHTS}. {hint}")
+
+
+def weight_hashes(folder: Path, key: str) -> dict[str, str]:
+    """SHA-256 of each weights file by name; a file is hashed once."""
+    return {
+        path.name: cached_sha256(path, path.stat().st_mtime_ns, path.stat().st_size)
+        for path in weight_files(folder, key)
+    }
+
+
+@cache
+def cached_sha256(path: Path, modified_ns: int, size: int) -> str:
+    return sha256(path)
 
 
 def _place(dataset: str, config: str | None, revision: str | None, commit: str | None = None) -> dict:

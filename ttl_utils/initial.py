@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttl_utils import checkpoints, hub
-from ttl_utils.checkpoints import OPTIMIZER, RANDOM, WEIGHTS
+from ttl_utils.checkpoints import OPTIMIZER, RANDOM
 from ttl_utils.errors import DamagedFile, ParameterError, SourceError
-from ttl_utils.files import read_json, sha256
+from ttl_utils.files import read_json
 from ttl_utils.model import llama_config, new_model
 from ttl_utils.params import Params
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from ttl_utils.run import Run
 
-INDEX = f"{WEIGHTS}.index.json"
+KEY = "pretraining.init_from"
 # of a configuration: what must be the same for weights to mean the same
 SHAPE = (
     "hidden_size",
@@ -63,8 +62,7 @@ def fingerprint(params: Params, recorded: dict | None = None) -> dict | None:
     if settings.init_from is None:
         return None
     try:
-        folder = _folder(settings.init_from, settings.init_revision)
-        hashes = {path.name: _sha256(path, path.stat().st_mtime_ns, path.stat().st_size) for path in _weights(folder)}
+        hashes = hub.weight_hashes(hub.local_model(settings.init_from, settings.init_revision, KEY), KEY)
     except SourceError:
         if recorded and recorded["schedule"] == settings.init_schedule:
             return recorded
@@ -94,12 +92,11 @@ def starting_point(run: Run, tokenizer: PreTrainedTokenizerBase, attention: str)
     own = checkpoints.list_checkpoints(run.stage("03_pretraining").folder / "checkpoints")
     if settings.init_from is None or (own and settings.resume_from_checkpoint != 0):
         return Start(new_model(model, tokenizer, run.params.pretraining_seed, attention), origin=_recorded(own))
-    folder = _folder(settings.init_from, settings.init_revision)
-    weights, place = _weights(folder), f"pretraining.init_from {settings.init_from!r}"
+    folder = hub.local_model(settings.init_from, settings.init_revision, KEY)
+    weights, place = hub.weight_files(folder, KEY), f"{KEY} {settings.init_from!r}"
     _check_fits(folder, place, run, tokenizer)
     origin = {"init_from": settings.init_from, "init_schedule": settings.init_schedule}
-    # the hub's cache keeps a commit's files in a folder of its name
-    origin |= {"commit": folder.name if folder.parent.name == "snapshots" else None, "step": 0}
+    origin |= {"commit": hub.commit_of(folder), "step": 0}
     if settings.init_schedule == "new":
         text = "its weights, from step 0"
     else:
@@ -119,40 +116,6 @@ def _recorded(own: list[Path]) -> dict | None:
         with contextlib.suppress(OSError, DamagedFile):
             return read_json(path / "state.json").get("initial_weights")
     return None
-
-
-@cache
-def _folder(name: str, revision: str | None) -> Path:
-    """Where the files are: a folder, the mirror's, or the hub's cache, which also serves when the hub cannot be had."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.safetensors", "*.model"]
-    try:
-        where = hub.model_folder(name, revision)
-        if isinstance(where, str):
-            where = snapshot_download(where, revision=revision, allow_patterns=wanted)
-    except (SourceError, OSError, HTTPError) as error:
-        try:
-            where = snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True)
-        except (LocalEntryNotFoundError, ValueError):
-            raise SourceError(f"pretraining.init_from: {error}") from None
-    return Path(where)
-
-
-def _weights(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
-    inside = [path for name in (".", "checkpoints") for path in checkpoints.list_checkpoints(folder / name)]
-    hint = f"Name one of its checkpoints, such as {inside[-1]}" if inside else "Other formats are not read"
-    raise SourceError(f"pretraining.init_from: {folder} holds no {WEIGHTS}. {hint}")
-
-
-@cache
-def _sha256(path: Path, modified_ns: int, size: int) -> str:
-    return sha256(path)
 
 
 def _check_fits(folder: Path, place: str, run: Run, tokenizer: PreTrainedTokenizerBase) -> None:
