@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"[]abcdefghijklmnopqrstuvwxyzãáéçSEP", "mercado", "sim", "não"]
+WORDS = ["mercado", "sim", "não", "confio", "duvido"]
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"[]abcdefghijklmnopqrstuvwxyzãáéçSEP", *WORDS]
 CONTEXT = 48
 
 
@@ -29,6 +30,7 @@ def write_encoder(folder: Path, seed: int = 0) -> None:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=CONTEXT,
+        initializer_range=0.2,
         # dropout would be drawn otherwise by others
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

@@ -63,15 +63,18 @@ def run_downstream(
     sets = _load_sets(run, corpus)
     found: dict[str, dict] = {name: one for name, one in sets.items() if isinstance(one, dict)}
     readable = {name: one for name, one in sets.items() if isinstance(one, Examples)}
+    if not readable:
+        return found
     subject = find_origin(about.get("model") or run.name, base, tokenizer)
     for examples in readable.values():
         if examples.item.max_length > subject.context:
             limit = f"max_length {examples.item.max_length} is longer than the model's context, {subject.context}"
             raise wrong(examples.item, limit)
-    others = {name: find_baseline(name) for name in settings.downstream_baselines} if readable else {}
+    others = {name: find_baseline(name) for name in settings.downstream_baselines}
     seeds = [run.params.seed + number for number in range(settings.downstream_seeds)]
     models = 1 + sum(isinstance(origin, Origin) for origin in others.values())
     total = sum(_steps(run, examples) for examples in readable.values()) * len(seeds) * models
+    folder.mkdir(parents=True, exist_ok=True)
     with Progress("fine-tuning steps", total, folder.parent / "status.json") as progress:
         work = Work(run, seeds, hardware, progress)
         for name, examples in readable.items():

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ttl_utils import hub
-from ttl_utils.checkpoints import WEIGHTS
 from ttl_utils.errors import SourceError
-from ttl_utils.files import read_json, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+KEY = "evaluation.downstream_baselines"
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,11 @@ def find_origin(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, enc
     """A model folder with its tokenizer.
 
     Raises:
-        SourceError: it holds no safetensors weights, or its tokenizer is of the slow kind.
+        SourceError: it holds no safetensors weights (other formats can run code), or its tokenizer is of the slow kind.
     """
     from transformers import AutoConfig
 
-    index = folder / f"{WEIGHTS}.index.json"
-    files = [WEIGHTS] if not index.is_file() else sorted(set(read_json(index)["weight_map"].values()))
-    lacking = [file for file in files if not (folder / file).is_file()]
-    if lacking:
-        inside = ", ".join(sorted(path.name for path in folder.glob("*.bin"))) or "no weights at all"
-        raise SourceError(
-            f"model {name!r}: there is no {lacking[0]} but {inside}, and only safetensors are read (other formats can "
-            "run code): save it as safetensors in a folder, and name that folder"
-        )
+    weights = hub.weight_hashes(folder, f"model {name!r}")
     if not tokenizer.is_fast:
         raise SourceError(f"model {name!r}: its tokenizer has no tokenizer.json, or nothing that one can be made from")
     if tokenizer.pad_token_id is None:
@@ -62,7 +54,6 @@ def find_origin(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, enc
     # left there by whoever used it last
     spelling |= {"truncation": None, "padding": None}
     known = [spelling, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    weights = {file: sha256(folder / file) for file in files}
     weights["tokenizer"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     config = AutoConfig.from_pretrained(folder)
     return Origin(name, folder, tokenizer, encoder, config.max_position_embeddings, config.vocab_size, weights)
@@ -73,28 +64,16 @@ def find_baseline(name: str) -> Origin | dict[str, str]:
     from transformers import AutoTokenizer
 
     try:
-        folder = _local(name)
+        folder = hub.local_model(name, None, KEY)
+        if not any(folder.glob("*.safetensors")):
+            return not_run(
+                f"{KEY}: {name!r} has no safetensors weights, and other formats, which can run code, are not read: "
+                "save it as safetensors in a folder, and name that folder"
+            )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         # a decoder is fed as ours is
         return find_origin(name, folder, tokenizer, encoder=tokenizer.mask_token_id is not None)
     except SourceError as error:
         return not_run(str(error))
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        return not_run(f"model {name!r} does not open: {' '.join(str(error).split())[:300]}")
-
-
-def _local(name: str) -> Path:
-    """Where a baseline's files are: a folder, the mirror's, or the hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-
-    wanted = ["*.json", "*.txt", "*.model", "*.safetensors"]
-    try:
-        place = hub.model_folder(name)
-        return Path(snapshot_download(place, allow_patterns=wanted) if isinstance(place, str) else place)
-    except (SourceError, OSError, HTTPError) as error:
-        try:
-            # what was downloaded before serves when the hub cannot be had
-            return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
-            raise SourceError(str(error)) from None
+        return not_run(f"{KEY}: {name!r} does not open: {' '.join(str(error).split())[:300]}")
