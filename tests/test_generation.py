@@ -423,6 +423,10 @@ CODE_LINES = [row["example"].replace("\\n", "\n") for row in code_words.table()]
     "var f = função(x) {",
     "def soma(a, b): retornar a + b",
     "if (x > 0) { retornar x; }",
+    "importação de numpy como np",
+    "importação java.util.List;",
+    "    Retorno 0;",
+    "    Retorno s.trim();",
     "public int f() { enquanto (x < 3) x = x + 1; }",
 ]
 # lines that no keyword stands in, however much they look like it
@@ -472,6 +476,14 @@ PROSE = [
     "O comando importar numpy não existe.",
     "caso 1: paciente de 40 anos",
     "nulo",
+    "Importação CSV",
+    "Importação de carros",
+    "retorno de férias",
+    "O retorno foi de 3%.",
+    "Se x == 0: número de oito bytes",
+    "Se o campo tiver o sinal (=) marcado: nada muda",
+    "Se a célula está vazia, a função retorna Verdadeiro, senão retorna Falso.",
+    "PAR(48) retorna VERDADEIRO",
     "Fonte: IBGE (2010); se houver, cite.",
 ]
 # code whose keywords are English, whatever stands in its names, strings and comments

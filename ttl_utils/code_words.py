@@ -28,7 +28,7 @@ PIECES = {
     "NAMES": r"<NAME>(?:[ \t]*,[ \t]*<NAME>)*",
     "MODULES": r"<MODULE>(?:[ \t]+(?:as|como)[ \t]+<NAME>)?(?:[ \t]*,[ \t]*<MODULE>)*",
     # known by name, or with a dot
-    "MODULE": rf"(?:(?:{_KNOWN}|{'|'.join(sorted(sys.stdlib_module_names))})\b(?:\.\w+)*(?:\.\*)?"
+    "MODULE": rf"(?:(?-i:{_KNOWN}|{'|'.join(sorted(sys.stdlib_module_names))})\b(?:\.\w+)*(?:\.\*)?"
     r"|<NAME>(?:\.<NAME>)+(?:\.\*)?)",
     "CALL": r"<DOTTED>\([^\n]*\)",
     # part of a line: without a limit it would be tried in too many ways
@@ -43,11 +43,13 @@ PIECES = {
     # three deep, and two: brackets of any depth would be tried in so many ways that a line of them never ends
     "ROUND": r"\((?:[^()\n]|\((?:[^()\n]|\([^()\n]*\))*\))*\)",
     "SQUARE": r"\[(?:[^\[\]\n]|\[[^\[\]\n]*\])*\]",
-    "VALUE": r"(?:(?<![<>=!])==?|!=|\breturn\b|\bretorn(?:ar|a|e)\b|[\"'][ \t]*:)[ \t]*",
+    "VALUE": r"(?:(?<![<>=!])==?|!=|\breturn\b|[\"'][ \t]*:)[ \t]*",
     "DOTTED": r"<NAME>(?:\.<NAME>)*",
     "NAME": r"[^\W\d]\w*",
     "END": r"[ \t]*;?[ \t]*(?=\n|\}|\Z)",
     "STOP": r"(?=[ \t]*(?:[;,):{]|\n|\Z))",
+    # after a header's colon: nothing more, or a statement; documentation goes on in words
+    "THEN": r"[ \t]*(?=\n|\Z|(?:return|retorn\w+|break|pass|continue|raise)\b|<DOTTED>[ \t]*[-+*/%]?=|<DOTTED>\()",
     # the next line is indented further than nothing, and is no list
     "BODY": r"[ \t]*(?=\n[ \t]+[^\s•*-])",
 }
@@ -62,8 +64,10 @@ _DEFINED = re.compile(r"\b(?:def|function|fun|void|int|class|definir|função|cl
 _ENGLISH = (
     r"<START>(?:(?:for|while|if|elif|switch|with)\b[^\n]*[:{)]|else[ \t]*[:{]|return\b|import[ \t]+[\w{*]"
     r"|from[ \t]+[\w.]+[ \t]+import\b|(?:def|class|function)[ \t]+<NAME>|print[ \t]*\(|try[ \t]*[:{]|#[ \t]*include"
-    r"|(?:int|float|double|char|bool|boolean|String|var|let|const|public|private|static|void)[ \t]+<NAME>"
-    r"|(?:<DOTTED>|\w+\[[^\n]*\])[ \t]*[-+*/%]?=[ \t]*[^\s=]|<DOTTED>(?:\+\+|--)|<CALL>[ \t]*;?[ \t]*$|\}[ \t]*$)"
+    r"|(?:var|let|const|public|private|static|void)[ \t]+<NAME>"
+    r"|(?:int|float|double|char|bool|boolean|String)[ \t]+<NAME>[ \t]*[=;(,\[]"
+    r"|(?:<DOTTED>|\w+\[[^\n]*\])[ \t]*[-+*/%]?=[ \t]*[^\s=]|<DOTTED>(?:\+\+|--)[ \t]*;"
+    r"|<DOTTED><ROUND>[\w.()]*[ \t]*;?[ \t]*$|\}[ \t]*$)"
 )
 
 
