@@ -1,204 +1,246 @@
-"""Benchmarks by lm-evaluation-harness, in process: one plain row per task (paper, table 4)."""
+"""Benchmarks by lm-evaluation-harness, in process: one plain row per task (paper, table 4 and figure 2)."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import difflib
-import functools
+import hashlib
 import io
 import logging
 import os
-import tempfile
+import sys
 import time
 import warnings
-from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
+from ttl_utils import checkpoints
+from ttl_utils.errors import DamagedFile, TTLError
+from ttl_utils.files import read_json, write_json
+from ttl_utils.progress import Progress
+from ttl_utils.provenance import code_version, machine, now, versions
+from ttl_utils.score_cache import ScoreCache
+from ttl_utils.task_files import Opened, Wanted, open_task, score
 
-from ttl_utils.errors import TTLError
-
-TASKS = Path(__file__).parent / "tasks"
-OWN_TASKS = ("ttl_smoke_pt",)
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "transformers", "httpx", "httpx2")
+# of a checkpoint, what else than the weights decides its scores
+BESIDE_WEIGHTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class _How:
+    kept: ScoreCache
+    batch_size: int
+    device: str
+    energy: Any
+    progress: Progress
 
 
 def run_harness(
-    model, tokenizer, tasks: list, *, batch_size: int, device, limit: int | None, seed: int
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Wanted],
+    *,
+    about: dict[str, Any],
+    cache: Path,
+    batch_size: int,
+    device: str,
+    limit: int | None,
+    seed: int,
+    label: str = "tasks scored",
+    status: Path | None = None,
+    energy: Any = None,
 ) -> dict[str, dict]:
-    """Score a model on each task (dicts or objects with `name` and `num_fewshot`): {task name: row}.
+    """Score a model on each task: {key: row}. What the folder `cache` holds already costs nothing.
 
-    `limit` keeps the first items of each task; `seed` draws the few-shot examples. Where TTL_MIRROR holds a
-    task's data set, that copy is used and the row says so. A task whose data cannot be reached gives a
-    "not run" row with the reason, and the others go on. In a row, `truncated` counts the items that did not
-    fit in the model's context; `bos` says whether prompts begin with BOS, as the tokenizer has it; `value`,
-    `stderr`, `chance` and `constant_answer` are shares, 0 to 1.
-    Raises TTLError for a task unknown to lm-eval and for a tokenizer that ends every text with EOS.
+    `about` says which model: "model", "weights" (their hash), "revision", and "tokenizer", a hash of what else decides
+    its scores, where the caller has one. `limit` keeps the first items of each task; `seed` draws the worked examples.
+    `energy` has `sample()`, which gives the kWh so far. A task whose data cannot be had, or that this model's context
+    or tokenizer cannot carry, gives a "not run" row with the reason, which is never kept. In a row, `truncated` counts
+    the items that lost their beginning to the model's context; `bos` says whether prompts begin with BOS; `value`,
+    `stderr`, `chance` and `constant_answer` are shares.
+
+    Raises:
+        TTLError: a task is unknown or named twice, or the tokenizer ends every text with EOS.
     """
-    wanted = {_get(task, "name"): _get(task, "num_fewshot") for task in tasks}
-    if len(wanted) < len(tasks):
-        raise TTLError(f"evaluation: a task is named twice among {[_get(t, 'name') for t in tasks]}: name it once.")
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
-        # every name is looked up before the first task runs, so that a typing error costs no evaluation
-        specs = {name: _specification(name, Path(folder)) for name in wanted}
-        training = model.training
-        try:
-            lm = _language_model(model.to(device), tokenizer, batch_size)
-            rows = {}
-            for name, num_fewshot in wanted.items():
-                start = time.perf_counter()
-                row = _run_task(lm, name, *specs[name], num_fewshot=num_fewshot, limit=limit, seed=seed)
-                rows[name] = row | {"duration_s": time.perf_counter() - start}
-        finally:
-            model.train(training)
+    opened, kept = _open(items, seed), ScoreCache(cache, limit, seed, _dtype(model))
+    rows = _known(opened, about, kept)
+    if left := _left(rows):
+        with Progress(label, left, status) as progress:
+            _fill(rows, opened, model, tokenizer, about, _How(kept, batch_size, device, energy, progress))
     return rows
 
 
-def _run_task(lm, name: str, spec: str, dataset: dict, *, num_fewshot: int, limit: int | None, seed: int) -> dict:
-    """Load one task's data and score it; only a failure to get the data is turned into a "not run" row."""
+def over_checkpoints(
+    folders: Sequence[Path],
+    load: Callable[[Path], tuple[Any, Any]],
+    items: Sequence[Wanted],
+    *,
+    about: dict[str, Any],
+    cache: Path,
+    dtype: str,
+    batch_size: int,
+    device: str,
+    limit: int | None,
+    seed: int,
+    label: str = "checkpoints' tasks scored",
+    status: Path | None = None,
+    energy: Any = None,
+) -> list[dict]:
+    """Figure 2: tasks over checkpoints, a {"step", "tokens", "energy_kwh", "scores": {key: row}} each, as ordered.
+
+    `load(folder)` gives a checkpoint's model, in `dtype` (such as "float32"), and its tokenizer. It is called where a
+    row is not in the cache, and one model is held at a time. A damaged checkpoint is left out with a line.
+    """
+    opened, kept = _open(items, seed), ScoreCache(cache, limit, seed, dtype)
+    found = []
+    for folder in folders:
+        try:
+            hashes, state = _read(folder / "checkpoint.json"), _read(folder / "state.json")
+            beside = hashlib.sha256("".join(hashes.get(name, "") for name in BESIDE_WEIGHTS).encode()).hexdigest()
+            which = {**about, "revision": folder.name, "weights": hashes[checkpoints.WEIGHTS], "tokenizer": beside}
+            rows = _known(opened, which, kept)
+            if _left(rows):
+                checkpoints.check(folder)
+        except DamagedFile as error:
+            print(f"checkpoint {folder.name} is not evaluated: {error}")
+            continue
+        found.append((folder, which, state, rows))
+    if left := sum(_left(rows) for *_, rows in found):
+        with Progress(label, left, status) as progress:
+            how = _How(kept, batch_size, device, energy, progress)
+            for folder, which, _, rows in found:
+                if _left(rows):
+                    # no name for the model here: it would outlive its turn
+                    _fill(rows, opened, *load(folder), which, how)
+    return [
+        {**{key: state[key] for key in ("step", "tokens", "energy_kwh")}, "scores": rows} for *_, state, rows in found
+    ]
+
+
+def write_harness(path: Path, rows: Sequence[dict]) -> None:
+    """`harness.json`: every row, and the code, versions and machine of the evaluation that gathered them."""
+    about = {"written": now(), "code": code_version(), "versions": versions(), "machine": machine()}
+    write_json(path, {**about, "rows": list(rows)})
+
+
+def _open(items: Sequence[Wanted], seed: int) -> list[Opened]:
+    """All of them before the first is scored, so that a typing error costs no evaluation."""
+    keys = [item.key for item in items]
+    if len(set(keys)) < len(keys):
+        raise TTLError(f"evaluation: a task is named twice among {', '.join(keys)}: name it once")
+    with _quiet():
+        return [open_task(item, seed) for item in items]
+
+
+def _known(opened: Sequence[Opened], about: dict, kept: ScoreCache) -> dict[str, dict | None]:
+    """The rows that need no model; None for the others."""
+    rows = {}
+    for one in opened:
+        if one.task is None:
+            rows[one.wanted.key] = _row(one, about, {"status": "not run", "reason": one.reason})
+        else:
+            row = kept.read(about, one)
+            rows[one.wanted.key] = row and _row(one, about, row)
+    return rows
+
+
+def _left(rows: dict[str, dict | None]) -> int:
+    return sum(row is None for row in rows.values())
+
+
+def _row(opened: Opened, about: dict, values: dict) -> dict:
+    """Who and what come last: a row that was kept may have been scored under another name."""
+    item, task = opened.wanted, dict(opened.about)
+    # the model has one too
+    task["dataset_revision"] = task.pop("revision", None)
+    return {**values, **task, **about, "task": item.task, "key": item.key, "protocol": item.protocol}
+
+
+def _fill(rows: dict, opened: Sequence[Opened], model: Any, tokenizer: Any, about: dict, how: _How) -> None:
+    """Score what is left, each row kept as soon as it is there."""
+    from ttl_utils.scoring import Scorer
+
+    assert _dtype(model) == how.kept.dtype, f"the model is in {_dtype(model)}, its rows are kept as {how.kept.dtype}"
+    training = model.training
+    try:
+        with _quiet():
+            lm = Scorer(model.to(how.device), tokenizer, how.batch_size)
+        for one in opened:
+            if rows[one.wanted.key] is not None:
+                continue
+            note = " ".join(part for part in (about.get("revision"), one.wanted.key) if part)
+            try:
+                values = _measure(lm, one, how, note)
+            except TTLError as error:
+                values = {"status": "not run", "reason": str(error)}
+            row = rows[one.wanted.key] = _row(one, about, values)
+            if row["status"] == "done":
+                how.kept.write(about, one, row)
+            how.progress.update(how.progress.done + 1, note)
+    finally:
+        model.train(training)
+
+
+def _measure(lm: Any, opened: Opened, how: _How, note: str) -> dict:
     import lm_eval
 
-    try:
-        task = _manager(name not in OWN_TASKS).load([spec])["tasks"][name]
-    except _data_errors() as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        return {"task": name, "status": "not run", "reason": reason, **dataset}
-    # set here, not by simple_evaluate, which ignores a number of shots where a task's file says 0
-    task.set_config(key="num_fewshot", value=num_fewshot)
-    task.set_fewshot_seed(seed)
-    # evaluate, not simple_evaluate: that one also asks the hub and git about the model and reseeds python
-    results = lm_eval.evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000)
-    scores = {key.split(",")[0]: value for key, value in results["results"][name].items()}
-    metrics = ["acc_norm", "acc", *(entry["metric"] for entry in task.config.metric_list or [])]
-    metric = next(name for name in metrics if name in scores)
+    name, task, seen = opened.wanted.task, opened.task, sys.stderr
+
+    def show(share: float) -> None:
+        with contextlib.redirect_stderr(seen):
+            how.progress.update(how.progress.done, f"{note} {share:.0%}")
+
+    lm.truncated, lm.on_progress = set(), show
+    # the same worked examples, however often the task was scored before
+    task.set_fewshot_seed(how.kept.seed)
+    started, before = time.perf_counter(), how.energy.sample() if how.energy else None
+    with _quiet(), contextlib.redirect_stdout(io.StringIO()):
+        # evaluate, not simple_evaluate: that one also asks the hub and git about the model and reseeds python
+        results = lm_eval.evaluate(lm, {"tasks": {name: task}}, limit=how.kept.limit, bootstrap_iters=1000)
     samples = results["samples"][name]
-    stderr = scores.get(f"{metric}_stderr")
     return {
-        "task": name,
         "status": "done",
-        **dataset,
-        "version": results["versions"][name],
-        "num_fewshot": num_fewshot,
-        "metric": metric,
-        "value": float(scores[metric]),
-        "stderr": float(stderr) if isinstance(stderr, float) else None,
-        "samples": len(samples),
-        "truncated": sum(_too_long(lm, sample) for sample in samples),
-        **_chance(name, task.OUTPUT_TYPE, samples),
+        **score(opened, samples, results["results"][name]),
+        "samples": len({sample["doc_id"] for sample in samples}),
+        "truncated": len({sample["doc_id"] for sample in samples if _lost(lm, sample)}),
         "bos": lm.tok_encode("Resposta:")[0] == lm.tokenizer.bos_token_id,
-        "seed": seed,
-        "batch_size": lm.batch_size,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "limit": how.kept.limit,
+        "seed": how.kept.seed,
+        "dtype": how.kept.dtype,
+        "batch_size": how.batch_size,
+        "device": how.device,
         "harness_version": lm_eval.__version__,
+        "scored": now(),
+        "duration_s": time.perf_counter() - started,
+        "energy_kwh": how.energy.sample() - before if how.energy else None,
     }
 
 
-def _language_model(model, tokenizer, batch_size: int):
-    """The model as lm-eval wants it. The tokenizer decides whether a text begins with BOS, as in training."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-
-    # lm-eval finds a choice's tokens by cutting off as many as the prompt has: an EOS would cut one too many
-    if tokenizer("Resposta:")["input_ids"][-1] == tokenizer.eos_token_id:
-        raise TTLError(
-            "evaluation: the tokenizer ends every text with its EOS token, which spoils the scores of "
-            "choices: load it with add_eos_token=False."
-        )
-    # a copy, because lm-eval adds a pad token if there is none; float32: choices tie in half precision
-    return HFLM(
-        pretrained=model,
-        tokenizer=copy.deepcopy(tokenizer),
-        batch_size=batch_size,
-        softmax_dtype=torch.float32,
-    )
+def _lost(lm: Any, sample: dict) -> bool:
+    texts = ("".join(part for part in arguments if isinstance(part, str)) for arguments in sample["arguments"])
+    return any(text in lm.truncated for text in texts)
 
 
-def _specification(name: str, folder: Path) -> tuple[str, dict]:
-    """What lm-eval loads for a name, and where its data come from.
-
-    Our own task and a mirrored data set need a path known only now: a file in `folder` including the task's.
-    """
-    if name in OWN_TASKS:
-        base, data = TASKS / f"{name}.yaml", {"data_files": {"test": str(TASKS / f"{name}.jsonl")}}
-        return _extend(base, name, {"dataset_kwargs": data}, folder), {"dataset": name, "from_mirror": False}
-    manager = _manager(True)
-    if name not in manager.all_subtasks:
-        near = difflib.get_close_matches(name, [*OWN_TASKS, *manager.all_subtasks], n=5)
-        hint = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them."
-        raise TTLError(f"evaluation: '{name}' is no task of lm-eval (groups of tasks do not count): {hint}")
-    entry = manager.task_index[name]
-    dataset = entry.cfg.get("dataset_path")
-    mirror = Path(os.environ["TTL_MIRROR"], str(dataset)) if os.environ.get("TTL_MIRROR") else None
-    mirrored = bool(dataset and mirror and mirror.is_dir())
-    spec = _extend(entry.yaml_path, name, {"dataset_path": str(mirror.resolve())}, folder) if mirrored else name
-    return spec, {"dataset": dataset, "from_mirror": mirrored}
+def _dtype(model: Any) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
-def _extend(base: Path, name: str, changes: dict, folder: Path) -> str:
-    """Write a task file that is `base` with some keys changed; its path."""
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({"include": str(base), "task": name, **changes}), encoding="utf-8")
-    return str(path)
-
-
-@functools.cache  # indexing the packaged tasks takes about 10 seconds
-def _manager(packaged: bool):
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=packaged)
-
-
-def _data_errors() -> tuple[type[Exception], ...]:
-    """What `datasets` raises when the hub, or a data set on it, is out of reach (offline, gated, absent)."""
-    from datasets.data_files import EmptyDatasetError
-    from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    # the first base is the root of the http library's errors, which a time-out in a download raises as is
-    http = HfHubHTTPError.__bases__[0]
-    return (
-        ConnectionError,
-        http,
-        LocalEntryNotFoundError,
-        DatasetNotFoundError,
-        DataFilesNotFoundError,
-        EmptyDatasetError,
-    )
-
-
-def _chance(name: str, output_type: str, samples: list[dict]) -> dict[str, float | None]:
-    """`chance`: expected score of random answers; `constant_answer`: score of the best single position."""
-    if output_type != "multiple_choice" or not samples:
-        return {"chance": None, "constant_answer": None}
-    if name.startswith("truthfulqa") and name.endswith("mc2"):
-        # scored by the probability of all true answers together: equal probabilities give their share
-        shares = [sum(s["doc"]["mc2_targets"]["labels"]) / len(s["arguments"]) for s in samples]
-    else:
-        shares = [1 / len(s["arguments"]) for s in samples]
-    positions = Counter(str(s["target"]) for s in samples)
-    # truthfulqa always lists the right answer first, which a model cannot exploit: no baseline
-    best = max(positions.values()) / len(samples) if len(positions) > 1 else None
-    return {"chance": sum(shares) / len(shares), "constant_answer": best}
-
-
-def _too_long(lm, sample: dict) -> bool:
-    """Whether a prompt with a choice exceeds the context: lm-eval then drops its beginning, BOS included."""
-    texts = ["".join(part for part in args if isinstance(part, str)) for args in sample["arguments"]]
-    # the last token is only predicted, never fed: one more than the context fits
-    return any(len(lm.tok_encode(text)) > lm.max_length + 1 for text in texts)
-
-
-def _get(task, key: str):
-    return task[key] if isinstance(task, dict) else getattr(task, key)
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise DamagedFile(f"{path} is missing")
+    return read_json(path)
 
 
 @contextlib.contextmanager
-def _quiet():
+def _quiet() -> Iterator[None]:
     """Silence lm-eval's logs, warnings and progress bars, some of which have no switch of their own."""
     import datasets
     import huggingface_hub.utils as hub
 
+    # lm-eval would start processes, each with a copy of the model, to bootstrap a standard error
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     loggers = [logging.getLogger(name) for name in NOISY]
     levels = [logger.level for logger in loggers]
     libraries = [lib for lib in (datasets, hub) if not lib.are_progress_bars_disabled()]

@@ -19,7 +19,7 @@ from ttl_utils.errors import TTLError
 from ttl_utils.loss import CHUNK
 
 # of a pass: with more, each token is compared with ever more that it does not follow; with fewer, processors idle
-TOKENS_PER_PASS = {"cpu": 256, "cuda": 4096}
+TOKENS_PER_PASS = {"cpu": 384, "cuda": 4096}
 PAIRS_AT_ONCE = 512
 
 
