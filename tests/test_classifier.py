@@ -238,6 +238,21 @@ def test_a_set_that_can_be_learned_is_learned_and_again_bit_for_bit(decoder, tin
     assert other["epochs"] != result["epochs"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_matrices_in_16_bits_and_weights_in_32(decoder, tiny_run, precision):
+    rows, found = random_rows(24, decoder), []
+    hardware = Hardware("cpu", precision, "sdpa")
+    wanted = asked(tiny_run, epochs=1)
+    result = cl.fine_tune(
+        decoder, ["a", "b"], {"train": rows, "test": rows}, 1, wanted, hardware, lambda note: False, found.append
+    )
+    assert {weights.dtype for weights in found[0].parameters()} == {torch.float32}
+    exact = cl.fine_tune(decoder, ["a", "b"], {"train": rows, "test": rows}, 1, wanted, CPU, lambda note: False)
+    assert result["precision"] == precision
+    assert result["last_epoch"]["train_loss"] == pytest.approx(exact["last_epoch"]["train_loss"], rel=0.05)
+    assert result["last_epoch"]["train_loss"] != exact["last_epoch"]["train_loss"]
+
+
 def test_the_best_epoch_is_kept_and_the_last_stands_beside_it(decoder, tiny_run, monkeypatch):
     answers = iter([[0, 1, 1, 1], [0, 0, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1]])
     monkeypatch.setattr(cl, "predict", lambda *_: torch.eye(2)[next(answers)])

@@ -91,7 +91,7 @@ def model_card(
         language=run.params.data.language,
         header=header,
         title=f"{base.split('/')[-1]}, fine-tuned on {item.name}",
-        base=f"`{base}`",
+        base=f"`{base}`" + (f" (revision `{about['revision']}`)" if about.get("revision") else ""),
         data=data + (f" (revision `{item.revision}`)" if item.revision else ""),
         training=len(examples.labels["train"]),
         test=test,
