@@ -186,7 +186,8 @@ def fine_tune(
     """Epochs of training, each scored on the test set; `keep(model)` is called after each that is the best so far.
 
     `advance(note)` is called after each step, and says whether the line was shown: then the loss is looked at.
-    The paper chooses the epoch by its test accuracy, which flatters a little: the last epoch stands beside it.
+    The paper's table gives the highest accuracy of the epochs on the test set, which flatters a little: the last epoch
+    stands beside it. (The cards' code shares the epoch of the lowest test loss, Trainer's default: `test_loss`.)
 
     Raises:
         TTLError: the loss is no longer a number.
