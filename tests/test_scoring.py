@@ -182,6 +182,18 @@ def test_rolling_log_likelihood_is_lm_evals():
     assert ours.loglikelihood_rolling(texts, disable_tqdm=True) == pytest.approx(wanted, abs=1e-4)
 
 
+def test_what_is_written_is_lm_evals_and_lost_beginnings_are_counted():
+    options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
+    prompts = [SimpleNamespace(args=(text, options)) for text in ("ab", "ab ça", "b" * CONTEXT)]
+    theirs = HFLM(pretrained=MODEL, tokenizer=byte_tokenizer(), batch_size=1)
+    ours = Scorer(MODEL, byte_tokenizer(), batch_size=1)
+    assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
+    assert ours.truncated == {"b" * CONTEXT}
+    long = SimpleNamespace(args=("ab", options | {"max_gen_toks": CONTEXT}))
+    with pytest.raises(TTLError, match=f"{CONTEXT} tokens leave no room"):
+        ours.generate_until([long])
+
+
 def test_another_kind_of_model_is_left_to_lm_eval():
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=264, n_positions=CONTEXT, n_embd=16, n_layer=1, n_head=2)).eval()
