@@ -97,8 +97,9 @@ def generation_report(run: Run, stage_name: str = "04_evaluation") -> dict:
         human = passages(_held_out(corpus, len(lengths), run.params.seed), lengths)
         result = {"key": key, "hardware": hardware, **measured(rows, human, settings, run.params.seed, chat, scorer)}
     result["toxicity"] |= {"reason": reason} if reason else {}
-    write_json(path, result)
+    # the report last: where it stands, the metrics hold its figures
     stage.add_metrics(generation=result["figures"] | {"toxicity": result["toxicity"]})
+    write_json(path, result)
     return result
 
 
@@ -189,7 +190,8 @@ def _parts(name: str, rows: Iterable[dict]) -> np.ndarray:
 def interval(parts: np.ndarray, seed: int) -> dict[str, float | None]:
     """value: the ratio of the columns' sums; low, high: its 95% interval, prompts drawn again (Efron 1979).
 
-    None where there is nothing to count. Prompts that all agree have no spread to draw from, and no interval.
+    None where there is nothing to count. Prompts that all agree have no spread to draw from, and no interval; of few
+    prompts it is somewhat too narrow.
     """
     parts = parts[parts[:, 1] > 0]
     if not len(parts):

@@ -14,7 +14,6 @@ from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
-    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -39,27 +38,28 @@ class Draw(LogitsProcessor):
 
     def __init__(self, settings: Generation, padding: torch.Tensor, numbers: torch.Tensor):
         """`padding`: (rows, longest prompt) bool; `numbers`: (rows, new tokens) float64 in [0, 1)."""
-        self.padding, self.numbers = padding, numbers
-        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(settings.temperature)])
-        self.warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.repetition_penalty != 1:
-            self.warpers.insert(0, RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+        self.padding, self.numbers, self.top_k = padding, numbers, settings.top_k
+        self.penalty = RepetitionPenaltyLogitsProcessor(float(settings.repetition_penalty))
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(settings.temperature))])
         if settings.top_p < 1:
             self.warpers.append(TopPLogitsWarper(settings.top_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         longest = self.padding.shape[1]
-        said = input_ids.clone()
-        # padding was never said: a token of the row stands in for it, or the penalty would see it
-        said[:, :longest] = torch.where(self.padding, said[:, longest - 1 : longest], said[:, :longest])
-        scores = self.warpers(said, scores)
-        # (rows, vocabulary), on the CPU: not every accelerator has float64
-        shares = scores.softmax(-1).cpu().double().cumsum(-1)
+        if self.penalty.penalty != 1:
+            said = input_ids.clone()
+            # padding was never said: a token of the row stands in for it
+            said[:, :longest] = torch.where(self.padding, said[:, longest - 1 : longest], said[:, :longest])
+            scores = self.penalty(said, scores)
+        # (rows, top_k), in the order of the vocabulary: two scores as good as equal would change places by rounding
+        tokens = scores.topk(min(self.top_k, scores.shape[1])).indices.sort().values
+        # on the CPU: not every accelerator has float64
+        shares = self.warpers(input_ids, scores.gather(1, tokens)).softmax(-1).cpu().double().cumsum(-1)
         if not shares[:, -1].isfinite().all():
             raise TTLError("the model's scores are not finite numbers: its training diverged, or its files are damaged")
         numbers = self.numbers[:, input_ids.shape[1] - longest, None] * shares[:, -1:]
-        tokens = torch.searchsorted(shares, numbers, right=True).to(scores.device)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
+        places = torch.searchsorted(shares, numbers, right=True).to(tokens.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, places), 0.0)
 
 
 def sample_seed(seed: int, prompt: str, number: int) -> int:
