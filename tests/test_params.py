@@ -469,6 +469,7 @@ SOURCE = {"name": "mine", "use": "corpus", "kind": "plain", "filter": "prose", "
         ({"pretraining": {"per_device_train_batch_size": 3}}, ["(3 x 256 = 768)"]),
         ({"chat": {"tokens_per_step": 256}}, ["chat.tokens_per_step 256", "2 x 256"]),
         ({"model": {"max_position_embeddings": 64}}, ["'trust': max_length 128", "max_position_embeddings 64"]),
+        ({"evaluation": {"inference": {"prompt_tokens": 250}}}, ["prompt_tokens 250", "new_tokens 32", "256"]),
         ({"evaluation": {"downstream": [{**DOWNSTREAM, "source": "nope"}]}}, ["'mine'", "is named 'nope'"]),
         # a source of another use is not to be classified
         ({"evaluation": {"downstream": [{**DOWNSTREAM, "source": "petrogold"}]}}, ["'mine'", "'petrogold'"]),

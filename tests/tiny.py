@@ -211,7 +211,11 @@ SMALLER: dict[str, Any] = {
         "prompts": ["O mercado", "Qual é"],
         "max_new_tokens": 4,
     },
-    "evaluation": {"harness_limit": 4, "downstream_epochs": 1},
+    "evaluation": {
+        "harness_limit": 4,
+        "downstream_epochs": 1,
+        "inference": {"batch_sizes": [1, 2], "prompt_tokens": 8, "new_tokens": 4},
+    },
     "chat": {
         "num_train_epochs": 1,
         "tokens_per_step": 512,
@@ -238,6 +242,7 @@ def write_tiny(root: Path) -> Tiny:
     for section, smaller in SMALLER.items():
         assert smaller.keys() <= values[section].keys()
         values[section] |= smaller
+    values["evaluation"]["generation"] |= {"samples": 1, "max_new_tokens": 4}
     for item in values["evaluation"]["downstream"]:
         item["max_length"] = SMALLER["model"]["max_position_embeddings"]
     values |= {"file": str(file), "size": "tiny"}

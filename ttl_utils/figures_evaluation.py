@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from ttl_utils import paper
-from ttl_utils.figures import GREY, LIGHT, OURS, PAPER, bar_labels, log_scale, save, subplots, thousands
+from ttl_utils.figures import LIGHT, OURS, PAPER, bar_labels, log_scale, save, subplots, thousands
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,9 +75,10 @@ def over_checkpoints(run: Run, rows: list[dict]) -> Figure:
     return save(figure, run, "04_checkpoints", table)
 
 
-def inference(run: Run, rows: pd.DataFrame) -> Figure:
+def inference(run: Run, rows: list[dict]) -> Figure:
     """Tokens written per second by each way and batch size, beside what the memory's bandwidth would allow."""
-    done = rows[rows.status == "done"]
+    names = ["way", "batch_size", "decode_tokens_per_second", "share_of_limit", "perplexity"]
+    done = pd.DataFrame([row for row in rows if row["status"] == "done"], columns=names)
     figure, axes = subplots(height=0.9 + 0.6 * len(done))
     places = range(len(done))
     bars = axes.barh([p - 0.2 for p in places], done.decode_tokens_per_second, 0.38, color=OURS, label="measured")
@@ -88,6 +89,5 @@ def inference(run: Run, rows: pd.DataFrame) -> Figure:
     axes.invert_yaxis()
     axes.set(title="Writing, token by token", xlabel="tokens per second, all rows together (log scale)", xscale="log")
     axes.xaxis.set_major_formatter(thousands)
-    axes.tick_params(axis="y", colors=GREY)
     figure.legend(loc="outside lower center", ncols=2)
-    return save(figure, run, "04_inference", rows)
+    return save(figure, run, "04_inference", done)

@@ -484,6 +484,12 @@ class Parameters(BaseModel):
                     f"evaluation.downstream {item.name!r}: no source of data.sources with use: downstream "
                     f"is named {item.source!r}"
                 )
+        load = self.evaluation.inference
+        if load and not self.evaluation.model and load.prompt_tokens + load.new_tokens > context:
+            raise ValueError(
+                f"evaluation.inference: prompt_tokens {load.prompt_tokens} and new_tokens {load.new_tokens} are more "
+                f"than model.max_position_embeddings {context} together"
+            )
         # the size is the folder's name where no run is named
         for name in ("size", "run", "base"):
             value = getattr(self, name)
