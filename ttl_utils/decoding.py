@@ -99,13 +99,16 @@ def _peak_resident() -> int:
     return 1024 * int(line.split()[1])
 
 
+def free_memory(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
 def read_bandwidth(device: str) -> float:
     """Bytes per second that the device reads of a buffer larger than its caches, with all threads, at best.
 
     A GPU's are those of a copy, read and written.
     """
-    available = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
-    numbers = min(BUFFER, available // 4) // 4 // 4096 * 4096
+    numbers = min(BUFFER, free_memory(device) // 4) // 4 // 4096 * 4096
     one = torch.ones(numbers, device=device)
     if device == "cpu":
         table, other = one.view(-1, 4096), torch.ones(4096)

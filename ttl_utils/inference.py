@@ -17,11 +17,18 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import torch
 
 from ttl_utils.blocks import TokenBlocks
-from ttl_utils.decoding import best_seconds, generate_seconds, greedy, memory_growth, read_bandwidth, wait
+from ttl_utils.decoding import (
+    best_seconds,
+    free_memory,
+    generate_seconds,
+    greedy,
+    memory_growth,
+    read_bandwidth,
+    wait,
+)
 from ttl_utils.devices import peak
 from ttl_utils.errors import ParameterError, TTLError
 from ttl_utils.files import read_json, write_json
@@ -95,8 +102,7 @@ def measure_inference(
         )
     found = ways(hardware)
     # two of the largest ways' worth of memory free, beside all of them; else one after another
-    free = torch.cuda.mem_get_info()[0] if hardware.device == "cuda" else psutil.virtual_memory().available
-    together = (len(found) + 2) * weight_bytes(model) < free
+    together = (len(found) + 2) * weight_bytes(model) < free_memory(hardware.device)
     wanted = np.resize(blocks.span(0, min(blocks.tokens, 2**20)), (max(settings.batch_sizes), settings.prompt_tokens))
     prompts = torch.from_numpy(wanted).to(hardware.device)
     limits = {
@@ -113,6 +119,7 @@ def measure_inference(
                     ready.append(_ready(way, model, hardware, blocks, text_bytes))
                 if made["status"] != "done":
                     failed[way.name] = made
+                    progress.update(progress.done + len(settings.batch_sizes) * ROUNDS)
             for batch_size in settings.batch_sizes:
                 rows += _batch(ready, prompts[:batch_size], settings.new_tokens, progress)
                 rows += [{"way": name, "batch_size": batch_size} | made for name, made in failed.items()]
@@ -166,11 +173,9 @@ def _noted(row: dict) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), "")
-        row |= {
-            "status": "not run",
-            "reason": first if isinstance(error, TTLError) else f"{type(error).__name__}: {first}",
-        }
+        text = next(iter(str(error).strip().splitlines()), "")
+        kind = [] if isinstance(error, TTLError) else [type(error).__name__]
+        row |= {"status": "not run", "reason": ": ".join([*kind, *([text] if text else [])])}
 
 
 def _prompt_flops(model: Any, tokens: int) -> float:

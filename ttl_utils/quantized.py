@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -60,7 +61,11 @@ def ways(hardware: Hardware) -> list[Way]:
 
 def _moved(device: str, precision: str, model: Any) -> Any:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    return copy.deepcopy(model).to(device, dtype)
+    made = copy.deepcopy(model).to(device)
+    # the weights alone: the angles of positions keep their 32 bits, as where a model is loaded in 16
+    for parameter in made.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return made
 
 
 def _bf16(model: Any) -> Any:
@@ -81,8 +86,9 @@ def _bf16(model: Any) -> Any:
 class Int8Linear(Module):
     """A linear layer in int8, for inference on a CPU: weights packed once, inputs rounded as they come.
 
-    A weight's scale is its row's largest absolute value / 127, and its zero is 0; an input has one scale for all that
-    is passed at once. `state_dict` holds `weight` (out, in) int8, `scale` (out,) fp32, and the bias in fp32.
+    A weight's scale is its row's largest absolute value / 127, and its zero is 0. An input has one scale for all that
+    is passed at once, so rows of a batch hang together a little. `state_dict` holds `weight` (out, in) int8, `scale`
+    (out,) fp32, and the bias in fp32.
     """
 
     def __init__(self, linear: Linear):
@@ -90,16 +96,12 @@ class Int8Linear(Module):
         self.out_features, self.in_features = linear.weight.shape
         weight = linear.weight.detach()
         # a row of zeros has any scale
-        scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-        self._pack(torch.round(weight / scale[:, None]).to(torch.int8), scale, linear.bias)
-
-    def _pack(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
-        zeros = torch.zeros(len(scale), dtype=torch.int64)
-        whole = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
-        self.packed = torch.ops.quantized.linear_prepack(whole, None if bias is None else bias.detach())
+        scale = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
+        self.packed = _packed(weight, scale, linear.bias)
+        self.reduce_range = _overflows()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.ops.quantized.linear_dynamic(hidden, self.packed)
+        return torch.ops.quantized.linear_dynamic(hidden, self.packed, self.reduce_range)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         whole, bias = torch.ops.quantized.linear_unpack(self.packed)
@@ -110,10 +112,26 @@ class Int8Linear(Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *_: Any) -> None:
         weight, scale = state_dict[prefix + "weight"], state_dict[prefix + "scale"]
-        self._pack(weight, scale, state_dict.get(prefix + "bias"))
+        self.packed = _packed(weight * scale[:, None], scale, state_dict.get(prefix + "bias"))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _packed(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    with warnings.catch_warnings():
+        # tensors of these types are to go from PyTorch; products of plain int8 tensors take 1.6 times as long today
+        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor, torch.quantize_per_channel")
+        whole = torch.quantize_per_channel(weight, scale.double(), zeros, axis=0, dtype=torch.qint8)
+        return torch.ops.quantized.linear_prepack(whole, None if bias is None else bias.detach())
+
+
+@cache
+def _overflows() -> bool:
+    """Whether pairs of products leave 16 bits here, as on x86 without VNNI: then inputs have 7 bits in place of 8."""
+    packed = _packed(torch.ones(1, 64), torch.ones(1) / 127, None)
+    return abs(torch.ops.quantized.linear_dynamic(torch.ones(1, 64), packed, False).item() - 64) > 1
 
 
 def int8(model: Module) -> Module:
