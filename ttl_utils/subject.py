@@ -100,6 +100,8 @@ def load_model(folder: Path, hardware: Hardware, dtype: torch.dtype | None = Non
     attention = hardware.attention if config.model_type == "llama" else None
     options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+    # else it raises without a name
+    options |= {"ignore_mismatched_sizes": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
