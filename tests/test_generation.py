@@ -129,6 +129,16 @@ def test_tokens_are_drawn_by_their_probability(tokenizer):
     assert found[0] == found[4] == 0
 
 
+def test_rounding_turns_no_draw_between_scores_as_good_as_equal():
+    numbers = torch.from_numpy(np.random.default_rng(0).random((500, 1)))
+    scores = torch.tensor([1.0, 2.0, 2.0, 0.5]).expand(500, -1)
+    found = []
+    for change in ([0, 1e-6, 0, 0], [0, 0, 1e-6, 0]):
+        draw = sampling.Draw(chosen(), torch.zeros(500, 1, dtype=torch.bool), numbers)
+        found.append(draw(torch.zeros(500, 1, dtype=torch.long), scores + torch.tensor(change)).argmax(1))
+    assert torch.equal(*found)
+
+
 def test_what_the_models_folder_says_of_sampling_is_left_aside(model, tokenizer):
     expected = generate(model, tokenizer, PROMPTS, chosen(), 3)
     own = model.generation_config
@@ -168,13 +178,16 @@ def test_texts_end_where_the_model_ends_them(chain, tokenizer):
     assert not generate(model, tokenizer, ["O café"], chosen(max_new_tokens=3, temperature=0.01), 0)[0]["ended"]
 
 
-def test_an_end_that_only_the_models_folder_names_is_one(chain, tokenizer):
+def test_an_end_that_the_models_folder_or_the_tokenizer_alone_names_is_one(chain, tokenizer):
     model, ids = chain
     own = model.generation_config
     try:
         model.generation_config = type(own)(eos_token_id=[tokenizer.eos_token_id, ids[1]])
         (row,) = generate(model, tokenizer, ["O café"], chosen(samples=1, temperature=0.01), 0)
         assert row["ended"] and row["tokens"] == 1
+        model.generation_config = type(own)()
+        (row,) = generate(model, tokenizer, ["O café"], chosen(samples=1, temperature=0.01), 0)
+        assert row["ended"] and row["tokens"] == 3
     finally:
         model.generation_config = own
 
