@@ -104,12 +104,15 @@ def open_task(item: Wanted, seed: int) -> Opened:
             task = _index("okapi").load([str(spec)])["tasks"][item.task]
         except Unreachable as error:
             return Opened(item, None, str(error), _about(item, error.task), "")
+        except TTLError as error:
+            raise TTLError(f"task {item.key!r}: {error}") from error
     shots = task.config.num_fewshot or 0 if item.num_fewshot is None else item.num_fewshot
     task.set_config(key="num_fewshot", value=shots)
     task.seed = seed
     task.set_fewshot_seed(seed)
-    # from the split that is evaluated, lm-eval draws one more and leaves the document itself out
-    most = len(task.sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
+    # where they are drawn from the split that is evaluated, lm-eval draws one more and leaves the document itself out
+    itself = task.fewshot_cfg.sampler == "default" and task.fewshot_cfg.split == task.config.test_split
+    most = len(task.sampler.df) - itself
     if shots > most:
         raise TTLError(f"task {item.key!r}: {shots} worked examples are asked for, and its data give {max(most, 0)}.")
     return Opened(item, task, None, _about(item, task), _fingerprint(task, seed))

@@ -34,11 +34,6 @@ def letters(doc: dict) -> list[str]:
 
 def letter(doc: dict) -> int:
     """The right letter's place among the question's own."""
-    if doc["answerKey"] not in letters(doc):
-        raise TTLError(
-            f"question {doc['id']!r}: column 'answerKey' holds {doc['answerKey']!r}, which is none of its choices "
-            f"{', '.join(letters(doc))}"
-        )
     return letters(doc).index(doc["answerKey"])
 
 
@@ -61,13 +56,19 @@ def _without(ids: list) -> Callable[[Rows], Rows]:
     """A function of a split: its questions but for the worked examples, and for annulled ones without right answer."""
 
     def questions(rows: Rows) -> Rows:
-        names, answers = rows["id"][:], rows["answerKey"][:]
         annulled = rows["nullified"][:] if "nullified" in rows.column_names else [False] * len(rows)
-        unanswered = [
-            gone and answer not in ("A", "B", "C", "D", "E") for gone, answer in zip(annulled, answers, strict=True)
-        ]
-        used = set(ids)
-        return rows.select([i for i, name in enumerate(names) if name not in used and not unanswered[i]])
+        kept = []
+        for i, (name, choices, answer) in enumerate(
+            zip(*(rows[x][:] for x in ("id", "choices", "answerKey")), strict=True)
+        ):
+            if answer not in choices["label"] and not annulled[i]:
+                raise TTLError(
+                    f"question {name!r}: column 'answerKey' holds {answer!r}, which is none of its choices "
+                    f"{', '.join(choices['label'])}"
+                )
+            if answer in choices["label"] and name not in ids:
+                kept.append(i)
+        return rows.select(kept)
 
     return questions
 

@@ -16,12 +16,14 @@ from ttl_utils.hub import PARQUET_BRANCH, check, mirrored
 
 HERE = Path(__file__).parent
 
-# of lm-eval's own task files, what ours say under `metadata`: what the prompt reads (and which values a label can
+# of lm-eval's own task files, what ours say under `metadata`: what the prompt reads (a label: which values it can
 # have), what is scored, and how this differs from what was published
+OPTIONAL = "optional"
 ENGLISH = "the words of the prompt around the question (Question, Answer) are English, as in both harnesses"
 PACKAGED = {
     "arc_pt": {
-        "columns": dict.fromkeys(["instruction", *(f"option_{x}" for x in "abcde")]) | {"answer": list("ABCDE")},
+        "columns": dict.fromkeys(["instruction", *(f"option_{x}" for x in "abcd")])
+        | {"option_e": OPTIONAL, "answer": list("ABCDE")},
         "scoring": "text of the choice, per character",
         "differs": [
             ENGLISH,
@@ -72,6 +74,12 @@ def data_errors() -> tuple[type[Exception], ...]:
     return (ConnectionError, http, LocalEntryNotFoundError, *found)
 
 
+def _cache(folder: Path) -> str:
+    """A cache for each state of a mirror's files: `datasets` alone tells local folders apart by their card only."""
+    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*.*"))
+    return str(Path(datasets.config.HF_DATASETS_CACHE, "mirror", hashlib.sha256(repr(files).encode()).hexdigest()[:16]))
+
+
 class MirroredTask(ConfigurableTask):
     """`from_mirror`, `revision` (the hub's commit) and `notes` (the file's `metadata`) beside what lm-eval gives."""
 
@@ -105,6 +113,8 @@ class MirroredTask(ConfigurableTask):
         if dataset == "json" and not options:
             options = {"data_files": {self.config.test_split: str(HERE / f"{self.config.task}.jsonl")}}
         options.pop("trust_remote_code", None)
+        if folder:
+            options["cache_dir"] = _cache(folder)
         try:
             # asked once: `datasets` goes on trying for half a minute. Declared offline, it looks into its cache
             if not constants.HF_HUB_OFFLINE and "/" in dataset and not Path(dataset).exists():
@@ -137,21 +147,23 @@ class MirroredTask(ConfigurableTask):
             return datasets.load_dataset(path, data_dir=config, revision=PARQUET_BRANCH)
         except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
             said = " ".join(str(error.__cause__ or error).split())
-            raise TTLError(f"task {self.config.task!r}: data set {path!r} does not open: {said}") from error
+            raise TTLError(f"data set {path!r} does not open: {said}") from error
 
     def _look(self) -> None:
         """Raises TTLError for a split, column or label that the task cannot work with."""
-        where = f"task {self.config.task!r}: data set {self.config.dataset_path!r}"
+        where = f"data set {self.config.dataset_path!r}"
         for split in dict.fromkeys(self.splits.values()):
             if split not in self.dataset:
                 raise TTLError(f"{where} has no split {split!r}: it has {', '.join(self.dataset)}")
             rows = self.dataset[split]
             annulled = rows["nullified"][:] if "nullified" in rows.column_names else [False] * len(rows)
             for column, allowed in (self.notes.get("columns") or {}).items():
-                if column not in rows.column_names:
+                # where another split has the column, `datasets` fills it with nothing
+                held = column in rows.column_names and rows.data.column(column).null_count < len(rows)
+                if column not in rows.column_names or not (held or allowed == OPTIONAL):
                     known = ", ".join(rows.column_names)
-                    raise TTLError(f"{where}, split {split!r}, has no column {column!r}: it has {known}")
-                for row, value in enumerate(rows[column][:] if allowed else []):
+                    raise TTLError(f"{where}, split {split!r}, has no column {column!r} with values: it has {known}")
+                for row, value in enumerate(rows[column][:] if isinstance(allowed, list) else []):
                     if value not in allowed and not annulled[row]:
                         raise TTLError(
                             f"{where}, split {split!r}, row {row}: column {column!r} holds {value!r}, which is none "
