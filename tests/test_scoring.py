@@ -109,10 +109,17 @@ def test_shared_beginnings_in_any_order(options: dict, batch_size: int):
     model = tiny_model(**options)
     wanted = expected(model, TOKENIZERS["bos"], SHARED)
     order = np.random.default_rng(batch_size).permutation(len(SHARED))
-    lm = Scorer(model, TOKENIZERS["bos"], batch_size, tokens_per_pass=16 * batch_size)
+    lm = Scorer(model, TOKENIZERS["bos"], batch_size, tokens_per_pass=None if batch_size == 16 else 16 * batch_size)
     found = lm.loglikelihood(requests([SHARED[i] for i in order]))
     same(found, [wanted[i] for i in order])
     assert model.config._attn_implementation == options.get("attn_implementation", "sdpa")
+
+
+def test_attention_that_takes_no_mask_is_replaced_for_the_time():
+    model = tiny_model(attn_implementation="flex_attention")
+    found = Scorer(model, TOKENIZERS["bos"], 4).loglikelihood(requests(SHARED))
+    same(found, expected(tiny_model(), TOKENIZERS["bos"], SHARED))
+    assert model.config._attn_implementation == "flex_attention"
 
 
 @pytest.mark.parametrize("tokens_per_pass", [7, 100, 4096])

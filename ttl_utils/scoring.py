@@ -76,7 +76,8 @@ class Scorer(HFLM):
         # a copy, because lm-eval adds a pad token if there is none
         own = copy.deepcopy(tokenizer)
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size, softmax_dtype=torch.float32)
-        self.tokens_per_pass = tokens_per_pass or TOKENS_PER_PASS.get(self.device.type, 1024)
+        most = TOKENS_PER_PASS.get(self.device.type, 1024)
+        self.tokens_per_pass = tokens_per_pass or min(most, batch_size * self.max_length)
         # the texts, prompt and continuation, of the requests that lost their beginning
         self.truncated: set[str] = set()
         self.on_progress: Callable[[float], None] = lambda share: None
@@ -144,7 +145,7 @@ class Scorer(HFLM):
             return super()._loglikelihood_tokens(lists, disable_tqdm, override_bs)
         return self._score([(np.concatenate(parts), len(parts[1])) for _, *parts in requests])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(self, requests: Sequence[tuple[np.ndarray, int]]) -> list[tuple[float, bool]]:
         """Log-likelihood of the last tokens, as many as said, of each sequence."""
         # the last token is only predicted: one more than the context fits
