@@ -209,14 +209,14 @@ def changed(tmp_path, monkeypatch, sets, name: str, config: str, split: str, cha
 
 
 class Fake(LM):
-    """`prefers(document, choice)`: whether that choice is liked; `writes(document)`: the generated text."""
+    """`prefers(document, place, text)`: whether that choice is liked; `writes(document)`: the generated text."""
 
     def __init__(self, prefers=None, writes=None):
         super().__init__()
         self.prefers, self.writes = prefers, writes
 
     def loglikelihood(self, requests):
-        return [(0.0 if self.prefers(r.doc, r.idx) else -50.0, False) for r in requests]
+        return [(0.0 if self.prefers(r.doc, r.idx, r.args[1].removeprefix(" ")) else -50.0, False) for r in requests]
 
     def generate_until(self, requests):
         return [self.writes(r.doc) for r in requests]
@@ -241,14 +241,27 @@ def ask(opened: Opened, limit: int | None = None) -> list[tuple[int, tuple]]:
     return [(i.doc_id, i.args) for i in opened.task.instances]
 
 
-def right(task):
-    """Which choice is right, from the document itself."""
+def truth(doc: dict) -> str:
+    """The right answer's text, from the columns of the data."""
+    if "endings" in doc:
+        return doc["endings"][int(doc["label"])]
+    if "topic" in doc:
+        return dict(zip(doc["choices"]["label"], doc["choices"]["text"], strict=True))[doc["answerKey"]]
+    if "answerKey" in doc or "label" in doc:
+        words = {"Positive": "Positivo", "Neutral": "Neutro", "Negative": "Negativo", 0: "Não", 1: "Sim"}
+        return doc["answerKey"] if "answerKey" in doc else words[doc["label"]]
+    return ["Não", "Sim"][doc["entailment_judgment"]]
 
-    def prefers(doc, choice):
-        if "mc2_targets" in doc:
-            return doc["mc2_targets"]["labels"][choice] == 1
-        target = task.doc_to_target(doc)
-        return choice == (target if isinstance(target, int) else task.doc_to_choice(doc).index(target))
+
+def right(key: str):
+    """`prefers` of a model that knows."""
+
+    def prefers(doc, place, text):
+        if "mc2_targets_labels" in doc:
+            return doc["mc2_targets_labels"][place] == 1
+        if "instruction" in doc:
+            return text == (doc["answer"] if key == "leaderboard/m_mmlu_pt" else doc[f"option_{doc['answer'].lower()}"])
+        return text == truth(doc)
 
     return prefers
 
@@ -286,22 +299,23 @@ def test_an_untrained_model_scores_at_chance(opened, untrained, key):
 @pytest.mark.parametrize("key", ONCE)
 def test_a_model_that_prefers_the_right_answer_scores_100(opened, key):
     found = opened(key)
-    row = run(found, Fake(right(found.task), found.task.doc_to_target), limit=50)
+    row = run(found, Fake(right(key), lambda doc: f" {doc['relatedness_score']:.1f}"), limit=50)
     assert row["value"] == pytest.approx(1.0) and (row["stderr"] or 0) < 1e-6
 
 
 @pytest.mark.parametrize("key", RANKED)
 def test_a_model_that_prefers_a_wrong_answer_scores_0(opened, key):
     found = opened(key)
-    prefers = right(found.task)
-    assert run(found, Fake(lambda doc, choice: not prefers(doc, choice)), limit=50)["value"] == pytest.approx(0.0)
+    prefers = right(key)
+    assert run(found, Fake(lambda *choice: not prefers(*choice)), limit=50)["value"] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("key", RANKED)
 def test_one_answer_to_everything_scores_the_constant(opened, key):
     found = opened(key)
     # not a multiple of the number of choices: labels are uneven
-    values = [run(found, Fake(lambda _, choice, at=at: choice == at), limit=33) for at in range(5)]
+    least = min(len(found.task.doc_to_choice(doc)) for doc in found.task.eval_docs)
+    values = [run(found, Fake(lambda _, place, text, at=at: place == at), limit=33) for at in range(least)]
     expected = None if "truthfulqa" in key else max(row["value"] for row in values)
     assert values[0]["constant_answer"] == expected
 
@@ -312,7 +326,7 @@ def test_constant_and_chance_of_uneven_labels(opened, tmp_path, monkeypatch, set
         lambda rows: [row | {"label": int(i % 10 == 0)} for i, row in enumerate(rows)],
     )  # fmt: skip
     found = open_task(TASKS["ttl_faquad_nli"], 42)
-    row = run(found, Fake(lambda _, choice: choice == 0))
+    row = run(found, Fake(lambda _, place, text: place == 0))
     gold = [i % 10 == 0 for i in range(DOCUMENTS)]
     assert row["value"] == row["constant_answer"] == pytest.approx(f1_score(gold, [False] * DOCUMENTS, average="macro"))
     even = np.random.default_rng(0).integers(0, 2, (400, DOCUMENTS))
@@ -362,16 +376,18 @@ def test_macro_f1_is_that_of_the_labels_that_are_right_somewhere(pairs):
 
 def test_stderr_of_macro_f1_is_the_spread_over_drawn_documents(opened):
     found = opened("ttl_tweetsentbr")
-    prefers, order = right(found.task), [doc["sentence"] for doc in found.task.eval_docs]
+    order = {doc["sentence"]: i for i, doc in enumerate(found.task.eval_docs)}
 
-    def half(doc, choice):
+    def half(doc, place, text):
         # right in two of three documents
-        return prefers(doc, choice) if order.index(doc["sentence"]) * 7 % 3 else choice == 2
+        return text == (truth(doc) if order[doc["sentence"]] // 3 % 3 else "Negativo")
 
     row = run(found, Fake(half))
     docs = list(found.task.eval_docs)
     gold = np.array([found.task.doc_to_target(doc) for doc in docs])
-    said = np.array([next(c for c in range(3) if half(doc, c)) for doc in docs])
+    said = np.array(
+        [next(i for i, text in enumerate(found.task.doc_to_choice(doc)) if half(doc, i, text)) for doc in docs]
+    )
     assert 0.4 < row["value"] < 0.95
     assert row["value"] == pytest.approx(f1_score(gold, said, average="macro"))
     drawn = np.random.default_rng(1).integers(0, DOCUMENTS, (200, DOCUMENTS))
