@@ -238,6 +238,14 @@ def test_a_set_that_can_be_learned_is_learned_and_again_bit_for_bit(decoder, tin
     assert other["epochs"] != result["epochs"]
 
 
+def test_what_is_dropped_is_dropped_in_training_alone(encoder, tiny_run, monkeypatch):
+    modes, real = [], cl._logits
+    monkeypatch.setattr(cl, "_logits", lambda model, *more: modes.append(model.training) or real(model, *more))
+    rows = random_rows(16, encoder)
+    trained(encoder, {"train": rows, "test": rows}, asked(tiny_run, epochs=2))
+    assert modes == [True, True, False] * 2
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_matrices_in_16_bits_and_weights_in_32(decoder, tiny_run, precision):
     rows, found = random_rows(24, decoder), []

@@ -263,6 +263,7 @@ def test_the_card_says_what_was_measured_and_no_path_of_this_machine(go, tmp_pat
     assert f"| always the commonest class | {found['constant_answer']['accuracy']:.2%} |" in card
     assert f"seed {found['seed']}" in card
     assert "datasets:\n- someone/set\n" in card
+    assert "read from a local mirror" in card
     assert "`mine`" in card
     assert str(tmp_path) not in card
     assert "base_model" not in card

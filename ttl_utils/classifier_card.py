@@ -86,19 +86,24 @@ def model_card(
     header = (f"base_model: {base}\n" if hub_id else "") + (f"datasets:\n- {item.dataset}\n" if item.dataset else "")
     data = f"the hub's `{item.dataset}`" if item.dataset else f"`{item.source}`, a source of the run's first stage"
     best, test = result["best_epoch"], len(examples.labels["test"])
-    control = [piece for piece in (BOS, EOS) if piece in pieces]
+    data += f" (revision `{item.revision}`)" if item.revision else ""
+    if examples.from_mirror:
+        data += ", read from a local mirror, which may not hold the published set"
+    control = " and ".join(f"`{piece}`" for piece in (BOS, EOS) if piece in pieces)
+    if control:
+        control += ": control tokens; a pipeline that is given all this as one string makes other ids of it."
     return _CARD.format(
         language=run.params.data.language,
         header=header,
         title=f"{base.split('/')[-1]}, fine-tuned on {item.name}",
         base=f"`{base}`" + (f" (revision `{about['revision']}`)" if about.get("revision") else ""),
-        data=data + (f" (revision `{item.revision}`)" if item.revision else ""),
+        data=data,
         training=len(examples.labels["train"]),
         test=test,
         classes=", ".join(f"`{name}`" for name in examples.names),
         fed="".join(pieces).replace("\n", "\\n"),
         max_length=max_length,
-        control=f"{' and '.join(f'`{piece}`' for piece in control)}: control tokens." if control else "",
+        control=control,
         snippet=_snippet(item, pieces, origin, max_length),
         seed=result["seed"],
         stderr=(best["accuracy"] * (1 - best["accuracy"]) / test) ** 0.5,
