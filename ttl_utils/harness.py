@@ -186,19 +186,17 @@ def _fill(rows: dict, opened: Sequence[Opened], model: Any, tokenizer: Any, abou
 def _measure(lm: Any, opened: Opened, how: _How, note: str) -> dict:
     import lm_eval
 
-    name, task, seen = opened.wanted.task, opened.task, sys.stderr
+    name, seen = opened.wanted.task, sys.stderr
 
     def show(share: float) -> None:
         with contextlib.redirect_stderr(seen):
             how.progress.update(how.progress.done, f"{note} {share:.0%}")
 
     lm.truncated, lm.on_progress = set(), show
-    # the same worked examples, however often the task was scored before
-    task.set_fewshot_seed(how.kept.seed)
     started, before = time.perf_counter(), how.energy.sample() if how.energy else None
     with _quiet(), contextlib.redirect_stdout(io.StringIO()):
         # evaluate, not simple_evaluate: that one also asks the hub and git about the model and reseeds python
-        results = lm_eval.evaluate(lm, {"tasks": {name: task}}, limit=how.kept.limit, bootstrap_iters=1000)
+        results = lm_eval.evaluate(lm, {"tasks": {name: opened.task}}, limit=how.kept.limit, bootstrap_iters=1000)
     samples = results["samples"][name]
     return {
         "status": "done",
@@ -219,7 +217,8 @@ def _measure(lm: Any, opened: Opened, how: _How, note: str) -> dict:
 
 
 def _lost(lm: Any, sample: dict) -> bool:
-    texts = ("".join(part for part in arguments if isinstance(part, str)) for arguments in sample["arguments"])
+    # what is not text is how to write an answer
+    texts = (tuple(part for part in arguments if isinstance(part, str)) for arguments in sample["arguments"])
     return any(text in lm.truncated for text in texts)
 
 

@@ -78,8 +78,8 @@ class Scorer(HFLM):
         super().__init__(pretrained=model, tokenizer=own, batch_size=batch_size, softmax_dtype=torch.float32)
         most = TOKENS_PER_PASS.get(self.device.type, 1024)
         self.tokens_per_pass = tokens_per_pass or min(most, batch_size * self.max_length)
-        # the texts, prompt and continuation, of the requests that lost their beginning
-        self.truncated: set[str] = set()
+        # the texts, (prompt, continuation) or (prompt,), of the requests that lost their beginning
+        self.truncated: set[tuple[str, ...]] = set()
         self.on_progress: Callable[[float], None] = lambda share: None
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -92,7 +92,7 @@ class Scorer(HFLM):
             if not len(continuation):
                 raise TTLError(f"evaluation: {pair[1]!r} after {pair[0][-80:]!r} leaves no token of its own to score")
             if len(prompt) + len(continuation) > self.max_length + 1:
-                self.truncated.add("".join(pair))
+                self.truncated.add(pair)
         return self._loglikelihood_tokens(encoded, disable_tqdm=True)
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
@@ -108,7 +108,7 @@ class Scorer(HFLM):
                     f"evaluation: answers of {answer} tokens leave no room for a question in {self.max_length}"
                 )
             if len(self.tok_encode(prompt)) > self.max_length - answer:
-                self.truncated.add(prompt)
+                self.truncated.add((prompt,))
         return super().generate_until(requests, disable_tqdm=True)
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[None, np.ndarray, np.ndarray]]:
