@@ -91,6 +91,8 @@ def test_the_same_seed_gives_the_same_texts_and_another_seed_others(model, token
     assert first == again
     assert [row["text"] for row in first] != [row["text"] for row in other]
     assert len({row["seed"] for row in first}) == len(first) == 2 * len(PROMPTS)
+    # the space between prompt and text is the text's
+    assert any(row["text"].startswith(" ") for row in first)
     # samples of one prompt differ, and come prompt by prompt
     assert all(first[n]["text"] != first[n + 1]["text"] for n in range(0, len(first), 2))
     assert [row["prompt"] for row in first] == [prompt for prompt in PROMPTS for _ in range(2)]
@@ -288,7 +290,7 @@ def test_spaces_and_lines_of_code_are_kept(tokenizer):
         ("um dois três quatro", 0.0),
         ("a b c d e f g h", 0.0),
         ("a b c d a b c d", 0.2),  # five 4-grams, the last as the first
-        ("a a a a a a a", 0.75),  # four, all the same
+        ("A a a a A a a", 0.75),  # four, all the same
         ("A a, A a, A a,", 3 / 6),  # nine words and marks: six, of three kinds
         ("", None),
     ],
@@ -582,6 +584,7 @@ def test_only_the_continuation_counts(prompt, text, words):
         ("def soma(a, b):", "\n    retornar a + b\n", True),
         ("import numpy as", " np", True),
         ("import numpy as", " np\nx = np.ar", True),
+        ("import numpy as", " np\nfrom", True),
         ("for i in range(10):", "\n    print(i)\n    tot", True),
         ("if (x > 0) {", " y = 1; }", True),
         ("if (x > 0) {", "\n  y++;\n}", True),
@@ -621,7 +624,8 @@ def test_figures_of_code_stand_apart():
     assert [row["code_words"] for row in found["samples"]] == [["retornar"], [], []]
     assert figures["repetition"]["value"] is figures["ended"]["value"] is None
     # an answer begins anew: the question before it makes it no code
-    assert gen.measured(rows_of({"x = 1": ["x"]}, "code"), [], chosen(), 0, chat=True)["figures"]["code"]["value"] == 0
+    assert gen.measured(rows_of({"x =": [" 1"]}, "code"), [], chosen(), 0)["figures"]["code"]["value"] == 1
+    assert gen.measured(rows_of({"x =": [" 1"]}, "code"), [], chosen(), 0, chat=True)["figures"]["code"]["value"] == 0
 
 
 # toxicity and the report
@@ -704,9 +708,10 @@ def count(monkeypatch):
     return calls
 
 
-def test_the_report_is_kept_and_read_back(evaluated, count):
+def test_the_report_is_kept_and_read_back(evaluated, count, monkeypatch):
     run = evaluated()
     first = gen.generation_report(run)
+    monkeypatch.setattr(gen, "measured", lambda *_: 1 / 0)
     path = run.folder / "04_evaluation" / "reports" / "generation.json"
     assert read_json(path) == first and gen.generation_report(run) == first and len(count) == 1
     assert len(first["samples"]) == len(PROMPTS) + len(CODE)
