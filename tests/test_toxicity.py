@@ -160,7 +160,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
 
 
 def test_a_longer_text_than_the_model_reads_is_refused(folder):
-    with pytest.raises(ParameterError, match=f"data.toxicity.max_length 25: .* reads {LENGTH} at most"):
+    with pytest.raises(ParameterError, match=f"toxicity.max_length 25: .* reads {LENGTH} at most"):
         load(settings(folder, max_length=LENGTH + 1))
 
 

@@ -103,7 +103,7 @@ def load(settings: Toxicity) -> Scorer:
         )
     most = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > most:
-        raise ParameterError(f"data.toxicity.max_length {settings.max_length}: {settings.model} reads {most} at most")
+        raise ParameterError(f"toxicity.max_length {settings.max_length}: {settings.model} reads {most} at most")
     return Scorer(model.to(device), tokenizer, settings.max_length, settings.batch_size)
 
 
