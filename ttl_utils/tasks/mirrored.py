@@ -86,6 +86,7 @@ class MirroredTask(ConfigurableTask):
     def __init__(self, config: dict):
         self.revision: str | None = None
         self.from_mirror, self.seed = False, 0
+        self.written: dict[tuple[str, int], Any] = {}
         # `class` named this class, and is no key of a task
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
 
@@ -169,6 +170,25 @@ class MirroredTask(ConfigurableTask):
                             f"{where}, split {split!r}, row {row}: column {column!r} holds {value!r}, which is none "
                             f"of {', '.join(map(repr, allowed))}"
                         )
+
+    # lm-eval compiles a template at every use, for every worked example before every question anew: what an example
+    # reads is kept (a template is given for those only, and the sampler holds their rows for good)
+    def doc_to_text(self, doc: dict, doc_to_text: Any = None) -> Any:
+        return self._once("text", super().doc_to_text, doc, doc_to_text)
+
+    def doc_to_target(self, doc: dict, doc_to_target: Any = None) -> Any:
+        return self._once("target", super().doc_to_target, doc, doc_to_target)
+
+    def doc_to_choice(self, doc: dict, doc_to_choice: Any = None) -> Any:
+        return self._once("choice", super().doc_to_choice, doc, doc_to_choice)
+
+    def _once(self, what: str, write: Any, doc: dict, template: Any) -> Any:
+        if template is None:
+            return write(doc)
+        key = what, id(doc)
+        if key not in self.written:
+            self.written[key] = write(doc, template)
+        return self.written[key]
 
     def content(self) -> str:
         """A hash of the rows that are read: the same for the same data, wherever they lie."""
