@@ -7,11 +7,10 @@ of like length, and on a GPU matrices are multiplied in 16 bits where the cards 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,17 +58,16 @@ def open_classifier(origin: Origin, names: list[str]) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
     try:
-        with _quiet():
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                origin.folder,
-                num_labels=len(names),
-                id2label=dict(enumerate(names)),
-                label2id={name: index for index, name in enumerate(names)},
-                dtype=torch.float32,
-                attn_implementation=None if origin.encoder else "sdpa",
-                use_safetensors=True,
-                output_loading_info=True,
-            )
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            origin.folder,
+            num_labels=len(names),
+            id2label=dict(enumerate(names)),
+            label2id={name: index for index, name in enumerate(names)},
+            dtype=torch.float32,
+            attn_implementation=None if origin.encoder else "sdpa",
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SourceError(f"model {origin.name!r} does not open as a classifier: {reason}") from error
@@ -80,19 +78,6 @@ def open_classifier(origin: Origin, names: list[str]) -> PreTrainedModel:
     # the answer is read at the last token that is none of these
     model.config.pad_token_id = origin.tokenizer.pad_token_id
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers reports the new output layer, which is meant to be new, as a warning."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def make_optimizer(model: PreTrainedModel, settings: Evaluation) -> torch.optim.AdamW:
