@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import json
+import re
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -129,8 +130,8 @@ def score(opened: Opened, samples: list[dict], results: dict) -> dict:
     name = _metric(opened.task.config)
     stderr = scores.get(f"{name}_stderr")
     pairs = [sample[name] for sample in samples if isinstance(sample.get(name), (tuple, list))]
-    if name in DRAWN and len(pairs) > 1 and not isinstance(stderr, float):
-        columns, of = DRAWN[name]
+    if opened.wanted.task in OWN_TASKS and opened.about["metric"] in DRAWN and len(pairs) > 1:
+        columns, of = DRAWN[opened.about["metric"]]
         stderr = float(of(bootstrap.resample(columns(pairs), seed=0)).std(ddof=1))
         if name == "pearson" and len({predicted for _, predicted in pairs}) == 1:
             stderr = None
@@ -144,7 +145,7 @@ def score(opened: Opened, samples: list[dict], results: dict) -> dict:
     }
 
 
-DRAWN = {"f1": (answers.f1_columns, answers.f1_of), "pearson": (answers.pearson_columns, answers.pearson_of)}
+DRAWN = {"f1_macro": (answers.f1_columns, answers.f1_of), "pearson": (answers.pearson_columns, answers.pearson_of)}
 
 
 def _baselines(opened: Opened, samples: list[dict]) -> tuple[float | None, float | None]:
@@ -157,6 +158,8 @@ def _baselines(opened: Opened, samples: list[dict]) -> tuple[float | None, float
         return float(np.mean([np.mean(sample["doc"]["mc2_targets"]["labels"]) for sample in samples])), None
     if isinstance(opened.task.config.doc_to_target, int):
         return float((1 / choices).mean()), None
+    if opened.about["metric"] not in ("acc", "acc_norm", "f1_macro"):
+        return None, None
     right = [_place(sample, opened.task.config.target_delimiter) for sample in samples]
     if opened.about["metric"] == "f1_macro":
         shares = np.array([*Counter(right).values()]) / len(right)
@@ -202,7 +205,7 @@ def _about(item: Wanted, task: Any) -> dict:
         "num_fewshot": shots,
         # the same examples before every question, or others for each
         "examples": None if not shots else "fixed" if task.fewshot_cfg.sampler == "first_n" else "drawn",
-        "metric": notes.get("metric") or _metric(config),
+        "metric": "mc2" if re.fullmatch("truthfulqa_.*mc2", item.task) else notes.get("metric") or _metric(config),
         "output_type": config.output_type,
         "scoring": notes.get("scoring"),
         "differs": differs,

@@ -47,7 +47,6 @@ PACKAGED = {
     },
     "truthfulqa_pt_mc2": {
         "columns": dict.fromkeys(["question", "mc1_targets_choices", "mc2_targets_choices", "mc2_targets_labels"]),
-        "metric": "mc2",
         "scoring": "probability of all true answers together",
         "differs": ["zero-shot, but six worked examples in English stand in the prompt, as in the fork"],
     },
