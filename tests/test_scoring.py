@@ -191,11 +191,11 @@ def test_rolling_log_likelihood_is_lm_evals():
 
 def test_what_is_written_is_lm_evals_and_lost_beginnings_are_counted():
     options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
-    prompts = [SimpleNamespace(args=(text, options)) for text in ("ab", "ab ça", "b" * CONTEXT)]
+    prompts = [SimpleNamespace(args=(text, options)) for text in ("ab", "ab ça", "b" * (CONTEXT - 6))]
     theirs = HFLM(pretrained=MODEL, tokenizer=byte_tokenizer(), batch_size=1)
     ours = Scorer(MODEL, byte_tokenizer(), batch_size=1)
     assert ours.generate_until(prompts) == theirs.generate_until(prompts, disable_tqdm=True)
-    assert ours.truncated == {("b" * CONTEXT,)}
+    assert ours.truncated == {("b" * (CONTEXT - 6),)}
     long = SimpleNamespace(args=("ab", options | {"max_gen_toks": CONTEXT}))
     with pytest.raises(TTLError, match=f"{CONTEXT} tokens leave no room"):
         ours.generate_until([long])
