@@ -310,3 +310,13 @@ def test_a_folder_that_is_not_there_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match="there is no such folder"):
         hub.model_folder(name)
+
+
+def test_a_mirror_that_changed_is_read_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("TTL_MIRROR", str(tmp_path / "mirror"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    path = write_set(tmp_path / "mirror" / DATASET, "csv") / "train-00000-of-00003.csv"
+    assert [row["lang"] for row in hub.load(DATASET, None, "train", streaming=False)] == [row["lang"] for row in ROWS]
+    # of the same size, as a label that was put right is
+    path.write_text(path.read_text().replace(",pt,", ",en,"))
+    assert {row["lang"] for row in hub.load(DATASET, None, "train", streaming=False)} == {"en", "pt"}

@@ -51,7 +51,7 @@ def _ask(name: str, revision: str | None, kind: str = "data set", **options: Any
     )
 
     advice = "or set TTL_MIRROR to a folder that holds it as <owner>/<name>"
-    where = "under data.sources" if kind == "data set" else "and may be a folder"
+    where = "" if kind == "data set" else " and may be a folder"
     info = HfApi().dataset_info if kind == "data set" else HfApi().model_info
     try:
         return info(name, revision=revision, timeout=20, **options)
@@ -61,7 +61,7 @@ def _ask(name: str, revision: str | None, kind: str = "data set", **options: Any
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise SourceError(
-            f"{kind} {name!r} is not on the hub (ids move: every id is a parameter {where}), {advice}"
+            f"{kind} {name!r} is not on the hub (ids move: every id is a parameter{where}), {advice}"
         ) from None
     except RevisionNotFoundError:
         raise SourceError(
@@ -193,9 +193,22 @@ def load(dataset: str, config: str | None, split: str, revision: str | None = No
     """
     import datasets
 
-    check(dataset, revision)
+    place = _place(dataset, config, revision)
+    if folder := mirrored(dataset):
+        place["cache_dir"] = cache_of(folder)
+    else:
+        check(dataset, revision)
     with _opening(dataset, config, split):
-        return datasets.load_dataset(**_place(dataset, config, revision), split=split, streaming=streaming)
+        return datasets.load_dataset(**place, split=split, streaming=streaming)
+
+
+def cache_of(folder: Path) -> str:
+    """A cache for each state of a mirror's files: `datasets` alone tells local folders apart by their card only."""
+    import datasets
+
+    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*.*"))
+    digest = hashlib.sha256(repr(files).encode()).hexdigest()[:16]
+    return str(Path(datasets.config.HF_DATASETS_CACHE, "mirror", digest))
 
 
 def _builder(item: Source | TextSet, commit: str | None) -> tuple[Any, list[str]]:

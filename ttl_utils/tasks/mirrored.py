@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from lm_eval.api.task import ConfigurableTask
 
 from ttl_utils.errors import SourceError, TTLError
-from ttl_utils.hub import PARQUET_BRANCH, check, mirrored
+from ttl_utils.hub import PARQUET_BRANCH, cache_of, check, mirrored
 
 HERE = Path(__file__).parent
 
@@ -73,12 +73,6 @@ def data_errors() -> tuple[type[Exception], ...]:
     return (ConnectionError, http, LocalEntryNotFoundError, *found)
 
 
-def _cache(folder: Path) -> str:
-    """A cache for each state of a mirror's files: `datasets` alone tells local folders apart by their card only."""
-    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*.*"))
-    return str(Path(datasets.config.HF_DATASETS_CACHE, "mirror", hashlib.sha256(repr(files).encode()).hexdigest()[:16]))
-
-
 class MirroredTask(ConfigurableTask):
     """`from_mirror`, `revision` (the hub's commit) and `notes` (the file's `metadata`) beside what lm-eval gives."""
 
@@ -114,7 +108,7 @@ class MirroredTask(ConfigurableTask):
             options = {"data_files": {self.config.test_split: str(HERE / f"{self.config.task}.jsonl")}}
         options.pop("trust_remote_code", None)
         if folder:
-            options["cache_dir"] = _cache(folder)
+            options["cache_dir"] = cache_of(folder)
         try:
             # asked once: `datasets` goes on trying for half a minute. Declared offline, it looks into its cache
             if not constants.HF_HUB_OFFLINE and "/" in dataset and not Path(dataset).exists():
