@@ -128,6 +128,9 @@ def test_a_layer_with_a_bias_and_a_row_of_zeros():
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, atol=0.03, rtol=0.03)
     assert torch.equal(found[..., 3], linear.bias[3].expand(2, 5))
+    other = Int8Linear(torch.nn.Linear(24, 10))
+    other.load_state_dict(Int8Linear(linear).state_dict())
+    assert torch.equal(other(hidden), found)
 
 
 def test_saved_int8_weights_are_smaller_and_open_again(model, ids, tmp_path):
@@ -163,9 +166,14 @@ def test_int8_writes_and_is_scored(model, blocks, ids):
 
 
 def test_no_warning_reaches_the_user(model):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        qz.int8(model)
+    # also one that PyTorch gives once in a process
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            qz.int8(model)
+    finally:
+        torch.set_warn_always(False)
 
 
 def test_int8_of_another_precision_is_refused(model):

@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="held-out tokens scored; all, where none is named")
     given = parser.parse_args()
     every = given.threads or sorted({1, torch.get_num_threads()})
+    torch.set_num_threads(every[0])
     if given.run:
         model = load_model(given.run / "03_pretraining" / "model", Hardware("cpu", "fp32", "sdpa"))
         paths = sorted((given.run / "02_tokenizer" / "tokens").glob("test-*.bin"))
