@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -17,9 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from ttl_utils import perplexity as pp
 from ttl_utils.blocks import TokenBlocks, TokenWriter
+from ttl_utils.checkpoints import save_model_folder
+from ttl_utils.cleaning import clean
 from ttl_utils.corpus import documents
-from ttl_utils.errors import TTLError
-from ttl_utils.files import read_json
+from ttl_utils.errors import MissingStage, TTLError
+from ttl_utils.files import read_json, write_json
 from ttl_utils.loss import summed_loss
 from ttl_utils.model import new_model
 from ttl_utils.tokenizer import load_tokenizer
@@ -105,14 +108,18 @@ def test_perplexity_is_that_of_plain_transformers(model, gpt2, tmp_path, kind, b
     before = scored.training
     found = pp.perplexity(scored, blocks, batch_size=batch_size)
     assert found["loss"] == pytest.approx(expected, rel=1e-5)
+    # as it was before
     assert scored.training == before and all(weights.grad is None for weights in scored.parameters())
+    assert not any("Lean" in type(module).__name__ for module in scored.modules())
     # fewer rows at once, where the logits of all would not fit
     monkeypatch.setattr(pp, "LOGITS", 512 * 16 * 2)
     assert pp.perplexity(scored, blocks, batch_size=batch_size)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_quantized_model_is_scored_by_its_own_logits(model, tmp_path):
-    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, torch.qint8)
+@pytest.mark.parametrize("all_of_it", [True, False])
+def test_a_quantized_model_is_scored_by_its_own_logits(model, tmp_path, all_of_it):
+    part = {name for name, _ in model.named_modules() if name.endswith("_proj")}
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear} if all_of_it else part, torch.qint8)
     blocks = blocks_of(tmp_path, 23 * 16, block=16)
     expected = plain_loss(quantized, torch.from_numpy(blocks.batch(range(23))))
     # its inputs are rounded by what is in the batch: the same batch
@@ -309,3 +316,111 @@ def test_a_tokenizer_without_a_beginning_leaves_the_first_token_unscored(model):
     # mean over what was scored, times all tokens
     assert pp.summary(one["a"])["bits_per_byte"] == pytest.approx(one["a"]["nats"] / 2 * 3 / 5 / math.log(2))
     assert pp.summary(one["b"]) == {"documents": 1, "loss": None, "perplexity": None, "bits_per_byte": None}
+
+
+# other texts
+
+
+TEXTS = {
+    "spanish": ["El mercado explica que la roca produce más petróleo. " * 3, "  ", "¿Qué  es\u200b eso?", "ñ" * 90],
+    "european": ["O autocarro chegou à paragem com um grande atraso.", "Está a chover em Lisboa."],
+}
+
+
+@pytest.fixture
+def report(tiny_prepared, no_energy, tmp_path, model, tokenizer, monkeypatch):
+    """`report(limit=..., names=...)`: `texts_report` of a run whose model and stage 04 are there; `loads` counts."""
+    loads = []
+    original = pp.load_model
+    monkeypatch.setattr(pp, "load_model", lambda *a: loads.append(1) or original(*a))
+    for name, texts in TEXTS.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def make(limit=None, names=("spanish", "european", "nowhere"), **settings):
+        sets = [{"name": name, "files": [str(tmp_path / f"{name}.jsonl")], "columns": ["text"]} for name in names]
+        run = tiny_prepared(evaluation={"texts": sets, "texts_limit": limit, **settings})
+        if not (run.folder / "04_evaluation").exists():
+            save_model_folder(model, tokenizer, run.folder / "03_pretraining" / "model")
+            for stage in ("03_pretraining", "04_evaluation"):
+                write_json(run.folder / stage / "manifest.json", {})
+                write_json(run.folder / stage / "metrics.json", {"perplexity": 7.0})
+        return pp.texts_report(run)
+
+    make.loads, make.root = loads, tmp_path
+    make.path = lambda name: tmp_path / "outputs" / "tiny" / "04_evaluation" / name
+    return make
+
+
+def test_other_texts_are_scored_on_their_own(report, model, tokenizer):
+    found = report()
+    assert [row["name"] for row in found["texts"]] == ["spanish", "european", "nowhere"]
+    context = model.config.max_position_embeddings
+    for row, texts in zip(found["texts"], TEXTS.values(), strict=False):
+        texts = [text for text in map(clean, texts) if text]
+        ids = [tokenizer(text)["input_ids"] for text in texts]
+        parts = [alone(model, one, context) for one in ids]
+        nats, scored = (sum(part[place] for part in parts) for place in (0, 1))
+        size, tokens = sum(len(text.encode()) for text in texts), sum(len(one) - 1 for one in ids)
+        assert row["loss"] == pytest.approx(nats / scored, rel=1e-5)
+        assert row["bits_per_byte"] == pytest.approx(nats / scored * tokens / size / math.log(2), rel=1e-5)
+        assert (row["documents"], row["bytes"], row["tokens"], row["scored_tokens"]) == (
+            len(texts),
+            size,
+            tokens,
+            scored,
+        )
+        assert row["unknown_share"] == 0
+    assert found["texts"][2]["status"] == "not run" and "nowhere.jsonl" in found["texts"][2]["reason"]
+    assert report.path("reports/texts.json").is_file() and read_json(report.path("reports/texts.json")) == found
+    assert read_json(report.path("metrics.json")) == {
+        "perplexity": 7.0,
+        "texts": [{name: value for name, value in row.items() if name != "set"} for row in found["texts"]],
+    }
+
+
+def test_what_was_measured_is_not_measured_again(report):
+    first = report(names=("spanish", "european"))
+    assert report(names=("spanish", "european")) == first and len(report.loads) == 1
+    # one more: only that
+    (report.root / "spanish.jsonl").write_text("")
+    more = report(names=("european", "more", "spanish"))
+    assert [row["name"] for row in more["texts"]] == ["european", "more", "spanish"]
+    assert more["texts"][::2] == first["texts"][::-1] and "reason" in more["texts"][1]
+    # other figures under another limit
+    assert report(limit=1, names=("european",))["texts"][0]["documents"] == 1
+    # asked for again, and there now
+    (report.root / "more.jsonl").write_text(json.dumps({"text": "Uma frase."}))
+    assert report(names=("more",))["texts"][0]["documents"] == 1
+    assert report(limit=1, names=("spanish",))["texts"][0]["reason"] == "the set holds no text"
+
+
+def test_a_limit_is_of_documents(report):
+    found = report(limit=1, names=("spanish", "european"))["texts"]
+    assert [row["documents"] for row in found] == [1, 1]
+
+
+def test_a_kill_costs_the_set_under_way(report, monkeypatch):
+    original = pp.score_texts
+    monkeypatch.setattr(pp, "score_texts", lambda m, t, texts, *a, **o: original(m, t, stopped(texts), *a, **o))
+
+    def stopped(texts):
+        for key, text in texts:
+            if key == "european":
+                raise KeyboardInterrupt
+            yield key, text
+
+    with pytest.raises(KeyboardInterrupt):
+        report(names=("spanish", "european"))
+    kept = read_json(report.path("reports/texts.json"))["texts"]
+    assert [row["name"] for row in kept] == ["spanish"]
+    monkeypatch.setattr(pp, "score_texts", original)
+    (report.root / "spanish.jsonl").unlink()
+    found = report(names=("spanish", "european"))["texts"]
+    assert found[0] == kept[0] and found[1]["documents"] == 2
+
+
+def test_texts_have_names_of_their_own_and_a_finished_stage(report, tiny_run):
+    with pytest.raises(TTLError, match="two sets have the same name"):
+        report(names=("spanish", "spanish"))
+    with pytest.raises(MissingStage, match="04_evaluation .* is not finished"):
+        pp.texts_report(tiny_run(run="other"))

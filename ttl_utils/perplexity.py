@@ -24,6 +24,7 @@ from ttl_utils.corpus import documents
 from ttl_utils.encoding import plain_ids
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.files import read_json, write_json
+from ttl_utils.lean import make_lean
 from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import choose_hardware
 from ttl_utils.packing import PLAIN_CHARACTERS, batches
@@ -133,6 +134,8 @@ def texts_report(run: Run) -> dict:
     kept = read_json(path) if path.is_file() else {}
     known = [row for row in kept["texts"] if "reason" not in row] if kept.get("key") == key else []
     rows = [next((row for row in known if row["set"] == item.model_dump()), None) for item in settings.texts]
+    if len({item.name for item in settings.texts}) < len(rows):
+        raise TTLError("evaluation.texts: two sets have the same name, which their figures go by: give one another")
     if None in rows:
         with stage.measuring():
             model = load_model(subject.folder, hardware)
@@ -274,12 +277,13 @@ def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _scoring(model: PreTrainedModel) -> Iterator[tuple[Callable[[np.ndarray, np.ndarray], torch.Tensor], int]]:
     """What gives a batch's nats for its ids and labels, (rows, tokens) each, and the tokens that it takes at once.
 
-    Meanwhile the model is in evaluation mode and makes no gradients.
+    Meanwhile the model is in evaluation mode, makes no gradients, and has lean modules where it is a Llama.
     """
-    device, head = next(model.parameters()).device, getattr(model, "lm_head", None)
-    # a quantized output layer has no matrix to multiply with: the model is called for its logits
-    chunked = isinstance(model, LlamaForCausalLM) and type(head) is torch.nn.Linear
-    chunked = chunked and type(head.weight) is torch.nn.Parameter
+    device = next(model.parameters()).device
+    layers = [layer for name, layer in model.named_modules() if name.endswith(("_proj", "lm_head"))]
+    # a quantized layer has no matrix to multiply with: such a model is called for its logits
+    plain = all(type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter for layer in layers)
+    chunked = isinstance(model, LlamaForCausalLM) and plain
     scored = model if chunked else partial(model)
 
     def put(values: np.ndarray) -> torch.Tensor:
@@ -290,13 +294,18 @@ def _scoring(model: PreTrainedModel) -> Iterator[tuple[Callable[[np.ndarray, np.
     def nats_of(ids: np.ndarray, labels: np.ndarray) -> torch.Tensor:
         return summed_loss(scored, {"input_ids": put(ids), "labels": put(labels)})
 
-    training = model.training
+    training, kinds = model.training, {module: type(module) for module in model.modules()}
     model.eval()
+    if chunked:
+        make_lean(model)
     try:
         with torch.no_grad():
             yield nats_of, sys.maxsize if chunked else LOGITS // model.config.get_text_config().vocab_size
     finally:
         model.train(training)
+        for module, kind in kinds.items():
+            if type(module) is not kind:
+                module.__class__ = kind
 
 
 def _total(nats: list[torch.Tensor]) -> float:
