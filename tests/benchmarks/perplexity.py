@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.perplexity [--rounds 10]`. A 160m of random weights in fp32, 1 x 2048 tokens: `bare` is
 `model(ids, use_cache=False)` with its logits, `body` the same without the output layer. Two processes take turns, one
-of which keeps freed memory, as stage 04 does on a CPU (`lean.kept_memory`). Documents: lengths as of short and middling
+of which keeps freed memory, as training does on a CPU (`lean.kept_memory`). Documents: lengths as of short and middling
 texts, the same for both ways, by the same tokenizer; the figures of both are compared. On a machine that is never
 idle, `--cpu` counts CPU time instead, with one thread.
 """
