@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,11 +67,11 @@ def base(tiny_done, tmp_path_factory) -> Path:
 def go(tiny_run, base, tmp_path):
     """`go(**evaluation)`: the part of the stage, in the same folder each time."""
 
-    def run(about=None, base=base, folder=tmp_path / "04_evaluation" / "downstream", **changes):
+    def run(about=None, base=base, folder=tmp_path / "04_evaluation" / "downstream", energy=None, **changes):
         asked = {"downstream": [SET], "downstream_epochs": 2, "downstream_batch_size": 8} | changes
         made = tiny_run(evaluation={"downstream_learning_rate": 0.02, **asked})
         tokenizer = load_tokenizer(base)
-        return ds.run_downstream(made, None, base, tokenizer, folder, CPU, {"model": "tiny", **(about or {})})
+        return ds.run_downstream(made, None, base, tokenizer, folder, CPU, {"model": "tiny", **(about or {})}, energy)
 
     return run
 
@@ -92,6 +93,13 @@ def same(found):
     """All but the time it took."""
     text = json.dumps(found)
     return re.sub(r'"duration_s": [\d.]+', "", text)
+
+
+def test_every_fine_tuning_has_its_energy(go):
+    assert go()["set"]["energy_kwh"] is None, "not metered"
+    meter = SimpleNamespace(sample=iter((1.0, 1.5, 4.0, 4.25)).__next__)
+    found = go(energy=meter, downstream_seeds=2, downstream_learning_rate=0.01)["set"]
+    assert found["energy_kwh"] == 0.75
 
 
 def test_one_seed(go, tmp_path):

@@ -36,6 +36,7 @@ class Work:
     seeds: list[int]
     hardware: Hardware
     progress: Progress
+    energy: Any
 
 
 def run_downstream(
@@ -46,12 +47,14 @@ def run_downstream(
     folder: Path,
     hardware: Hardware,
     about: dict[str, Any],
+    energy: Any = None,
 ) -> dict[str, dict]:
     """Fine-tune `base` and the baselines on each set, with each seed; one entry per set, by its name.
 
     `folder` gets `<set>/seed-<n>/result.json` as each fine-tuning ends (a baseline's under `<set>/baselines/<name>/`),
     and the first seed's best classifier as `<set>/model/`. What stands there from the same weights, data and settings
-    is not done again; a fine-tuning that was stopped half-way begins anew. `about["model"]` is the base model's name.
+    is not done again; a fine-tuning that was stopped half-way begins anew. `about["model"]` is the base model's name;
+    `energy` has `sample()`, which gives the kWh so far.
 
     With several seeds the figures are means over them and `accuracy_std` the sample deviation; `best_epoch` is the
     first seed's. `stderr` is the test set's: what another sample of so many examples would change.
@@ -76,7 +79,7 @@ def run_downstream(
     total = sum(_steps(run, examples) for examples in readable.values()) * len(seeds) * models
     folder.mkdir(parents=True, exist_ok=True)
     with Progress("fine-tuning steps", total, folder.parent / "status.json") as progress:
-        work = Work(run, seeds, hardware, progress)
+        work = Work(run, seeds, hardware, progress, energy)
         for name, examples in readable.items():
             place = folder / _plain(name)
             found[name] = _fine_tunings(work, examples, subject, place, about)
@@ -165,6 +168,7 @@ def _fine_tunings(
         if rows is None:
             rows = make_rows(examples, origin.tokenizer, origin.encoder, length, origin.vocab_size)
         shutil.rmtree(partial, ignore_errors=True)
+        before = work.energy.sample() if work.energy else None
         result = fine_tune(
             origin,
             examples.names,
@@ -179,7 +183,8 @@ def _fine_tunings(
             card = model_card(run, examples, fed_pieces(examples, origin.tokenizer), origin, about, length, result)
             write_text(partial / "README.md", card)
             swap(model, partial)
-        results.append({"identity": identity, **result})
+        spent = work.energy.sample() - before if work.energy else None
+        results.append({"identity": identity, **result, "energy_kwh": spent})
         write_json(path, results[-1])
     fed = _pair(examples) if origin.encoder else "".join(fed_pieces(examples, origin.tokenizer))
     return summary(examples, results) | {"model": origin.name, "fed": fed, "max_length": length}
@@ -230,4 +235,5 @@ def summary(examples: Examples, results: list[dict[str, Any]]) -> dict[str, Any]
         **{name: results[0][name] for name in names},
         "from_mirror": examples.from_mirror,
         "duration_s": round(sum(result["duration_s"] for result in results), 2),
+        "energy_kwh": None if None in (spent := [result["energy_kwh"] for result in results]) else sum(spent),
     }

@@ -68,7 +68,7 @@ def evaluate(run: Run) -> Stage:
         write_harness(stage.folder / "harness.json", list(harness.values()))
         del model
         downstream = run_downstream(
-            run, corpus, subject.folder, subject.tokenizer, stage.folder / "downstream", hardware, about
+            run, corpus, subject.folder, subject.tokenizer, stage.folder / "downstream", hardware, about, energy
         )
         metrics = {
             **about,
