@@ -244,6 +244,7 @@ def test_rows_are_taken_together_within_bounds(sizes, budget, window):
             for batch in batches:
                 padded, labels = pp._padded([ids for ids, _ in batch])
                 assert len(batch) == 1 or padded.size <= budget
+                assert (padding := int((labels == pp.IGNORED).sum())) <= pp.SPARE or padding * 16 <= padded.size
                 assert (labels != pp.IGNORED).sum() == sum(len(ids) for ids, _ in batch)
             numbers = [int(ids[0]) for batch in batches for ids, _ in batch]
             assert {number % 3 for number in numbers} == {key}
@@ -262,6 +263,10 @@ def test_short_documents_share_a_pass(model, monkeypatch):
     pp.score_texts(model, Numbers(), [("a", "5 6 7")] * 30, 10, batch_size=4)
     # 4 tokens each with the beginning: 10 of them in 4 x 10
     assert calls == [(10, 4)] * 3
+    # a long one does not make them all long
+    calls.clear()
+    pp.score_texts(model, Numbers(), [("a", "5 " * 60), *[("a", "5 6 7")] * 30], 64, batch_size=100)
+    assert sorted(calls) == [(3, 61), (28, 4)]
 
 
 def test_sources_are_scored_document_by_document(model, tiny_done, tokenizer):

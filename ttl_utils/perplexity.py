@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 LOGITS = 2**28
 # tokens of documents in memory, of which those of similar length are scored together
 WINDOW = 2**20
+# tokens of padding that cost less than a pass of their own
+SPARE = 128
 
 
 def perplexity(
@@ -252,13 +254,18 @@ def _windows(rows: Iterable[tuple[Any, Row]]) -> Iterator[tuple[Any, list[Row]]]
 
 
 def _similar(rows: list[Row], budget: int) -> Iterator[list[Row]]:
-    """The longest first, as many together as stay within so many tokens with their padding."""
-    rows = sorted(rows, key=lambda row: -len(row[0]))
-    start = 0
-    while start < len(rows):
-        size = max(1, budget // len(rows[start][0]))
-        yield rows[start : start + size]
-        start += size
+    """The longest first, as many together as hold so many tokens and little padding: SPARE, or a sixteenth."""
+    batch: list[Row] = []
+    held = 0
+    for row in sorted(rows, key=lambda row: -len(row[0])):
+        size = (len(batch) + 1) * len(batch[0][0]) if batch else 0
+        if batch and (size > budget or size - held - len(row[0]) > max(SPARE, size // 16)):
+            yield batch
+            batch, held = [], 0
+        batch.append(row)
+        held += len(row[0])
+    if batch:
+        yield batch
 
 
 def _padded(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
