@@ -95,8 +95,10 @@ def memory_growth(device: str, action: Callable[[], Any]) -> int | None:
 
 
 def _peak_resident() -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    raise OSError("this system does not tell the peak of resident memory")
 
 
 def free_memory(device: str) -> int:

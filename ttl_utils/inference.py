@@ -149,6 +149,7 @@ def _batch(ready: list[_Ready], ids: torch.Tensor, new_tokens: int, progress: Pr
     for one in ready:
         row = {"way": one.way.name, "batch_size": len(ids), "status": "done", **one.figures}
         row |= {"first_token_s": [], "step_s": []}
+        turn = None
         with _noted(row):
             turn = one.turns(ids, new_tokens)
             growth = memory_growth(ids.device.type, turn)
