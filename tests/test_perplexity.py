@@ -271,7 +271,7 @@ def test_short_documents_share_a_pass(model, monkeypatch):
 
 def test_sources_are_scored_document_by_document(model, tiny_done, tokenizer):
     corpus = tiny_done.need("01_data")
-    found = pp.by_source(model, corpus, tokenizer, context=24)
+    found = pp.by_group(model, corpus, tokenizer, context=24)["source"]
     rows = list(documents(corpus, "corpus", "test"))
     assert sum(values["documents"] for values in found.values()) == len(rows)
     name = rows[0]["source"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from ttl_utils.downstream import run_downstream
 from ttl_utils.errors import DamagedFile
 from ttl_utils.files import read_json, write_json
 from ttl_utils.harness import over_checkpoints, run_harness, write_harness
+from ttl_utils.lean import kept_memory
 from ttl_utils.model import Hardware, choose_hardware
 from ttl_utils.perplexity import by_group, perplexity
 from ttl_utils.progress import Progress
@@ -37,9 +39,10 @@ def evaluate(run: Run) -> Stage:
     if stage.reuse():
         return stage
     settings, status = run.params.evaluation, stage.folder / "status.json"
-    items = wanted(settings)
-    with stage.work() as energy:
-        corpus, subject, hardware = run.need("01_data"), subject_of(run), choose_hardware(run.params.pretraining)
+    items, hardware = wanted(settings), choose_hardware(run.params.pretraining)
+    kept = kept_memory() if hardware.device == "cpu" else contextlib.nullcontext()
+    with stage.work() as energy, kept:
+        corpus, subject = run.need("01_data"), subject_of(run)
         print(f"evaluating {subject.name} ({subject.origin}, weights {subject.weights[:12]})\n{hardware}")
         blocks, text_bytes = blocks_of(run, subject)
         rows = []

@@ -80,13 +80,6 @@ def perplexity(
         return _figures(_total(nats), scored, blocks.tokens, text_bytes) | {"scored_tokens": scored}
 
 
-def by_source(
-    model: PreTrainedModel, corpus: Stage, tokenizer: Any, context: int, status: Path | None = None
-) -> dict[str, dict]:
-    """What `by_group` says of each source."""
-    return by_group(model, corpus, tokenizer, context, status=status)["source"]
-
-
 def by_group(
     model: PreTrainedModel,
     corpus: Stage,
