@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ from ttl_utils import checkpoints
 from ttl_utils.blocks import TokenBlocks
 from ttl_utils.downstream import run_downstream
 from ttl_utils.errors import DamagedFile
-from ttl_utils.files import read_json, write_json
-from ttl_utils.harness import over_checkpoints, run_harness, write_harness
-from ttl_utils.lean import kept_memory
+from ttl_utils.files import read_json, sha256, write_json
+from ttl_utils.harness import BESIDE_WEIGHTS, over_checkpoints, run_harness, write_harness
 from ttl_utils.model import Hardware, choose_hardware
 from ttl_utils.perplexity import by_group, perplexity
 from ttl_utils.progress import Progress
@@ -39,10 +37,9 @@ def evaluate(run: Run) -> Stage:
     if stage.reuse():
         return stage
     settings, status = run.params.evaluation, stage.folder / "status.json"
-    items, hardware = wanted(settings), choose_hardware(run.params.pretraining)
-    kept = kept_memory() if hardware.device == "cpu" else contextlib.nullcontext()
-    with stage.work() as energy, kept:
-        corpus, subject = run.need("01_data"), subject_of(run)
+    items = wanted(settings)
+    with stage.work() as energy:
+        corpus, subject, hardware = run.need("01_data"), subject_of(run), choose_hardware(run.params.pretraining)
         print(f"evaluating {subject.name} ({subject.origin}, weights {subject.weights[:12]})\n{hardware}")
         blocks, text_bytes = blocks_of(run, subject)
         rows = []
@@ -55,6 +52,9 @@ def evaluate(run: Run) -> Stage:
             model, corpus, subject.tokenizer, subject.context, batch_size=settings.batch_size, status=status
         )
         about = {"model": subject.name, "weights": subject.weights, "revision": subject.revision}
+        # the same weights with another tokenizer are another model
+        beside = [sha256(path) for name in BESIDE_WEIGHTS if (path := subject.folder / name).is_file()]
+        about["tokenizer"] = hashlib.sha256("".join(beside).encode()).hexdigest()
         harness = run_harness(
             model,
             subject.tokenizer,
