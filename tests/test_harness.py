@@ -310,7 +310,7 @@ def test_killed_in_the_middle_it_goes_on_with_what_is_left(score: Score, scored:
     "change",
     [
         {"about": ABOUT | {"weights": "b" * 64}},
-        {"about": ABOUT | {"tokenizer": "c" * 64}},
+        {"about": ABOUT | {"beside_weights": "c" * 64}},
         {"seed": 43},
         {"limit": 5},
         {"limit": None},

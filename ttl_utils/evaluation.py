@@ -10,9 +10,9 @@ from pathlib import Path
 from ttl_utils import checkpoints
 from ttl_utils.blocks import TokenBlocks
 from ttl_utils.downstream import run_downstream
-from ttl_utils.errors import DamagedFile
-from ttl_utils.files import read_json, sha256, write_json
-from ttl_utils.harness import BESIDE_WEIGHTS, over_checkpoints, run_harness, write_harness
+from ttl_utils.errors import DamagedFile, ParameterError
+from ttl_utils.files import read_json, write_json
+from ttl_utils.harness import over_checkpoints, run_harness, write_harness
 from ttl_utils.model import Hardware, choose_hardware
 from ttl_utils.perplexity import by_group, perplexity
 from ttl_utils.progress import Progress
@@ -51,10 +51,8 @@ def evaluate(run: Run) -> Stage:
         groups = by_group(
             model, corpus, subject.tokenizer, subject.context, batch_size=settings.batch_size, status=status
         )
-        about = {"model": subject.name, "weights": subject.weights, "revision": subject.revision}
-        # the same weights with another tokenizer are another model
-        beside = [sha256(path) for name in BESIDE_WEIGHTS if (path := subject.folder / name).is_file()]
-        about["tokenizer"] = hashlib.sha256("".join(beside).encode()).hexdigest()
+        about = {name: getattr(subject, name) for name in ("weights", "beside_weights", "revision")}
+        about["model"] = subject.name
         harness = run_harness(
             model,
             subject.tokenizer,
@@ -155,8 +153,11 @@ def evaluate_under_way(run: Run) -> list[dict]:
     """Perplexity and `checkpoint_tasks` of the checkpoints there are, also while stage 03 is running.
 
     Raises:
+        ParameterError: `evaluation.model` names another model.
         MissingStage: there is no whole checkpoint yet.
     """
+    if run.params.evaluation.model is not None:
+        raise ParameterError("evaluation.model: a run's own checkpoints are evaluated here, so leave it null")
     subject = subject_of(run, under_way=True)
     hardware = choose_hardware(run.params.pretraining)
     print(hardware)

@@ -40,7 +40,7 @@ def scores(run: Run, rows: pd.DataFrame) -> Figure:
     figure, axes = subplots(height=0.9 + 0.6 * len(rows))
     places = range(len(rows))
     bars = axes.barh([p - 0.2 for p in places], rows.score, 0.38, xerr=rows.stderr, color=OURS, label="ours")
-    axes.barh([p + 0.2 for p in places], rows.constant, 0.38, color="#d0d0d0", label="constant answer")
+    axes.barh([p + 0.2 for p in places], rows.constant, 0.38, color="#d0d0d0", label="constant answer, else chance")
     bar_labels(axes, bars, "%.1f")
     axes.set_yticks(list(places), rows.task)
     axes.invert_yaxis()
@@ -53,19 +53,22 @@ def scores(run: Run, rows: pd.DataFrame) -> Figure:
 
 def over_checkpoints(run: Run, rows: list[dict]) -> Figure:
     """Figure 2: scores over training, with a band of one standard error, beside the published curve of ARC."""
-    table = pd.DataFrame(
-        {"task": key, "step": row["step"], "tokens": row["tokens"], **{k: score.get(k) for k in ("value", "stderr")}}
-        | {"chance": score.get("chance")}
+    columns = ["task", "step", "tokens", "value", "stderr", "chance"]
+    points = [
+        [key, row["step"], row["tokens"], *(score[name] for name in columns[3:])]
         for row in rows
         for key, score in row["scores"].items()
-    )
+        if score["status"] == "done"
+    ]
+    # a task without a standard error, or without chance, has NaN there
+    table = pd.DataFrame(points, columns=columns).astype({name: float for name in columns[3:]})
     figure, axes = subplots()
     for number, (task, points) in enumerate(table.groupby("task", sort=False)):
-        colour, score, error = COLOURS[number % len(COLOURS)], 100 * points.value, 100 * points.stderr.astype(float)
+        colour, score, error = COLOURS[number % len(COLOURS)], 100 * points.value, 100 * points.stderr
         axes.plot(points.tokens, score, "o-", color=colour, ms=4, label=task)
         axes.fill_between(points.tokens, score - error, score + error, color=colour, alpha=0.15, lw=0)
         chance = points.chance.iloc[-1]
-        if chance is not None and chance == chance:
+        if chance == chance:
             axes.axhline(100 * chance, color=colour, lw=1, ls=":", label=f"{task}, chance")
     arc = paper.table("arc_460m")
     axes.plot(arc.step * PAPER_TOKENS_PER_STEP, arc.arc, "s-", color=PAPER, ms=3, label="ARC, 460m, published")

@@ -110,7 +110,7 @@ def _model(run: Run, stage: Stage) -> tuple[Path, PreTrainedTokenizerBase, str, 
         folder = stage.folder / "model"
         return folder, load_tokenizer(folder), stage.manifest()["outputs"]["model"]["fingerprint"], True
     subject = subject_of(run)
-    return subject.folder, subject.tokenizer, subject.weights, False
+    return subject.folder, subject.tokenizer, subject.weights + subject.beside_weights, False
 
 
 def _held_out(corpus: Stage, texts: int, seed: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -21,11 +20,10 @@ from ttl_utils.files import read_json, write_json
 from ttl_utils.progress import Progress
 from ttl_utils.provenance import code_version, machine, now, versions
 from ttl_utils.score_cache import ScoreCache
+from ttl_utils.subject import beside_weights
 from ttl_utils.task_files import Opened, Wanted, open_task, score
 
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "transformers", "httpx", "httpx2")
-# of a checkpoint, what else than the weights decides its scores
-BESIDE_WEIGHTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,12 @@ def run_harness(
 ) -> dict[str, dict]:
     """Score a model on each task: {key: row}. What the folder `cache` holds already costs nothing.
 
-    `about` says which model: "model", "weights" (their hash), "revision", and "tokenizer", a hash of what else decides
-    its scores, where the caller has one. `limit` keeps the first items of each task; `seed` draws the worked examples.
-    `energy` has `sample()`, which gives the kWh so far. A task whose data cannot be had, or that this model's context
-    or tokenizer cannot carry, gives a "not run" row with the reason, which is never kept. In a row, `truncated` counts
-    the items that lost their beginning to the model's context; `bos` says whether prompts begin with BOS; `value`,
-    `stderr`, `chance` and `constant_answer` are shares.
+    `about` says which model: "model", "weights" (their hash), "revision", and "beside_weights", a hash of what else
+    decides its scores, where the caller has one. `limit` keeps the first items of each task; `seed` draws the worked
+    examples. `energy` has `sample()`, which gives the kWh so far. A task whose data cannot be had, or that this model's
+    context or tokenizer cannot carry, gives a "not run" row with the reason, which is never kept. In a row, `truncated`
+    counts the items that lost their beginning to the model's context; `bos` says whether prompts begin with BOS;
+    `value`, `stderr`, `chance` and `constant_answer` are shares.
 
     Raises:
         TTLError: a task is unknown or named twice, or the tokenizer ends every text with EOS.
@@ -98,8 +96,8 @@ def over_checkpoints(
     for folder in folders:
         try:
             hashes, state = _read(folder / "checkpoint.json"), _read(folder / "state.json")
-            beside = hashlib.sha256("".join(hashes.get(name, "") for name in BESIDE_WEIGHTS).encode()).hexdigest()
-            which = {**about, "revision": folder.name, "weights": hashes[checkpoints.WEIGHTS], "tokenizer": beside}
+            which = {**about, "revision": folder.name, "weights": hashes[checkpoints.WEIGHTS]}
+            which["beside_weights"] = beside_weights(hashes)
             rows = _known(opened, which, kept)
             if _left(rows):
                 checkpoints.check(folder)

@@ -230,7 +230,7 @@ def inference_report(run: Run) -> dict:
     stage, subject, hardware = run.need("04_evaluation"), subject_of(run), choose_hardware(run.params.pretraining)
     path = stage.folder / "reports" / "inference.json"
     key = {
-        "weights": subject.weights,
+        "weights": [subject.weights, subject.beside_weights],
         "settings": settings.model_dump(),
         "rounds": ROUNDS,
         "scored_tokens": SCORED_TOKENS,

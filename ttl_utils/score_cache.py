@@ -24,7 +24,11 @@ class ScoreCache:
     dtype: str
 
     def _place(self, about: dict[str, Any], opened: Opened) -> tuple[Path, dict[str, Any]]:
-        identity = {"weights": about["weights"], "tokenizer": about.get("tokenizer"), "task": opened.fingerprint}
+        identity = {
+            "weights": about["weights"],
+            "beside_weights": about.get("beside_weights"),
+            "task": opened.fingerprint,
+        }
         identity |= {"limit": self.limit, "seed": self.seed, "dtype": self.dtype}
         name = re.sub(r"[^A-Za-z0-9._-]", "-", opened.wanted.task)
         return self.folder / f"{name}-{_digest(identity)[:16]}.json", identity

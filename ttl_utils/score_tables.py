@@ -82,7 +82,7 @@ def checkpoint_table(rows: list[dict]) -> pd.DataFrame:
     for row in rows:
         shown = {name: row.get(name) for name in ("step", "tokens", "perplexity", "bits_per_byte")}
         for key, score in row["scores"].items():
-            shown[key] = _in_percent(score) if "value" in score else "not run"
+            shown[key] = _in_percent(score) if score["status"] == "done" else "not run"
         table.append(shown)
     return pd.DataFrame(table)
 
@@ -132,7 +132,7 @@ def _row(table: str, task: str, column: str, found: dict[str, dict], size: str |
         return row | {"verdict": "not run", "note": ours.get("reason") or "not among this run's parameters"}
     row |= {"ours": 100 * value, "stderr": None if ours["stderr"] is None else 100 * ours["stderr"]}
     real = not ours["from_mirror"] and ours.get("limit") is None
-    if size is None or not real or task.startswith("leaderboard/"):
+    if size is None or not real or task.startswith(("leaderboard/", "ttl_")):
         return row | {"verdict": "not comparable"}
     difference = row["ours"] - row[f"paper {size}"]
     return row | {"difference (points)": difference, "verdict": _verdict(difference, row["stderr"])}

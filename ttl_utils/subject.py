@@ -35,15 +35,21 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
 # in a tokenizer that was told no limit
 NO_LIMIT = 10**6
+BESIDE_WEIGHTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to evaluate. `weights`: one hash over its weights' hashes; `context`: the tokens it reads at once."""
+    """A model to evaluate. `context`: the tokens it reads at once.
+
+    `weights` and `beside_weights` are hashes: of the weights, and of what else decides a score (configuration and
+    tokenizer).
+    """
 
     name: str
     folder: Path
     weights: str
+    beside_weights: str
     revision: str | None
     origin: Literal["this run", "folder", "hub"]
     tokenizer: PreTrainedTokenizerBase
@@ -160,7 +166,13 @@ def _opened(name: str, folder: Path, origin: Any, place: str) -> Subject:
         raise SourceError(
             f"{place} does not say how many tokens it reads at once: give its tokenizer_config.json a model_max_length"
         )
-    return Subject(name, folder, weights, hub.commit_of(folder), origin, tokenizer, context)
+    beside = beside_weights({path.name: sha256(path) for name in BESIDE_WEIGHTS if (path := folder / name).is_file()})
+    return Subject(name, folder, weights, beside, hub.commit_of(folder), origin, tokenizer, context)
+
+
+def beside_weights(hashes: dict[str, str]) -> str:
+    """Of a model folder's files by name: one hash of those that decide its scores beside the weights."""
+    return hashlib.sha256("".join(hashes.get(name, "") for name in BESIDE_WEIGHTS).encode()).hexdigest()
 
 
 def _check_whole(folder: Path, weights: list[Path], place: str) -> None:
