@@ -377,12 +377,19 @@ def test_two_sets_of_one_name(go):
         go(downstream=[SET, SET])
 
 
-def test_a_length_beyond_the_models_context(go, base, tmp_path):
+def test_a_text_is_cut_to_the_models_context(go, base, tmp_path):
     other = shutil.copytree(base, tmp_path / "short")
     config = read_json(other / "config.json")
     (other / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20}))
-    with pytest.raises(TTLError, match="'set': max_length 32 is longer than the model's context, 20"):
-        go(base=other)
+    assert go(base=other)["set"]["max_length"] == 20
+
+
+def test_a_model_that_cannot_be_fine_tuned_is_a_row(go, base, monkeypatch):
+    def refuse(*_, **__):
+        raise SourceError("its tokenizer is of the slow kind")
+
+    monkeypatch.setattr(ds, "find_origin", refuse)
+    assert go()["set"] == {"status": "not run", "reason": "its tokenizer is of the slow kind"}
 
 
 def test_a_model_of_another_vocabulary(go, base, tmp_path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ttl_utils import evaluation as ev
 from ttl_utils.checkpoints import list_checkpoints
-from ttl_utils.errors import MissingStage, StageConflict, TTLError
+from ttl_utils.errors import MissingStage, ParameterError, StageConflict, TTLError
 from ttl_utils.files import read_json
 from ttl_utils.model import Hardware
 from ttl_utils.params import load_params
@@ -136,6 +137,27 @@ def test_downstream_sets_are_part_of_the_stage(trained):
     assert set(found) >= {"accuracy", "macro_f1", "constant_answer", "last_epoch", "stderr"}
 
 
+def test_what_was_not_run_is_asked_for_again(trained, monkeypatch, capsys):
+    reached, original = [False], ev.open_task
+
+    def open_task(item, seed):
+        found = original(item, seed)
+        return found if reached[0] else replace(found, task=None, reason="no network")
+
+    monkeypatch.setattr(ev, "open_task", open_task)
+    monkeypatch.setattr("ttl_utils.harness.open_task", open_task)
+    run = again(trained, harness=[{"name": "ttl_smoke_pt"}], harness_limit=4)
+    stage = ev.evaluate(run)
+    assert stage.metrics()["harness"]["ttl_smoke_pt"]["reason"] == "no network"
+    assert ev.evaluate(run).metrics()["harness"]["ttl_smoke_pt"]["status"] == "not run"
+    reached[0] = True
+    assert ev.evaluate(run).metrics()["harness"]["ttl_smoke_pt"]["status"] == "done"
+    assert '"status": "done"' in (stage.folder / "harness.json").read_text()
+    # and what was run is left alone
+    monkeypatch.setattr(ev, "_harness", None)
+    ev.evaluate(run)
+
+
 def test_an_unknown_task_stops_before_any_work(trained, loads):
     with pytest.raises(TTLError, match="ttl_smoke_pt"):
         ev.evaluate(again(trained, harness=[{"name": "ttl_smoke"}]))
@@ -177,6 +199,8 @@ def test_a_run_under_way_is_evaluated(trained, capsys):
     run = again(trained, harness=[{"name": "ttl_smoke_pt"}], checkpoint_tasks=["ttl_smoke_pt"], harness_limit=4)
     rows = ev.evaluate_under_way(run)
     assert [row["step"] for row in rows] == [4, 8] and all("ttl_smoke_pt" in row["scores"] for row in rows)
+    with pytest.raises(ParameterError, match="leave it null"):
+        ev.evaluate_under_way(again(trained, model="some/model"))
     shutil.rmtree(stage / "checkpoints")
     with pytest.raises(TTLError, match="no whole checkpoint yet"):
         ev.evaluate_under_way(run)

@@ -150,7 +150,17 @@ def test_a_folder_is_evaluated(judge, there, kind):
     assert (found.name, found.origin, found.revision, found.folder) == (str(folder), "folder", None, folder)
     assert found.context == (32 if kind == "foreign" else 64)
     assert found.weights == weights_of(folder)
-    assert fingerprint(run.params) == {"weights": {cp.WEIGHTS: sha256(folder / cp.WEIGHTS)}}
+    known = fingerprint(run.params)
+    assert known == {
+        "weights": {cp.WEIGHTS: sha256(folder / cp.WEIGHTS)},
+        "beside_weights": found.beside_weights,
+    }
+    # the same weights with another tokenizer are another model
+    other = folder.with_name(f"other {kind}")
+    shutil.copytree(folder, other)
+    (other / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b" ")
+    changed = fingerprint(judge(other).params)
+    assert changed["weights"] == known["weights"] and changed["beside_weights"] != known["beside_weights"]
     model = load_model(found.folder, CPU)
     assert not model.training and model(torch.tensor([[5, 6]])).logits.shape[:2] == (1, 2)
 

@@ -60,7 +60,7 @@ def run_downstream(
     first seed's. `stderr` is the test set's: what another sample of so many examples would change.
 
     Raises:
-        TTLError: a set's columns, labels or length do not fit, or a loss is no number.
+        TTLError: a set's columns or labels do not fit, or a loss is no number.
     """
     settings = run.params.evaluation
     sets = _load_sets(run, corpus)
@@ -68,11 +68,10 @@ def run_downstream(
     readable = {name: one for name, one in sets.items() if isinstance(one, Examples)}
     if not readable:
         return found
-    subject = find_origin(about.get("model") or run.name, base, tokenizer)
-    for examples in readable.values():
-        if examples.item.max_length > subject.context:
-            limit = f"max_length {examples.item.max_length} is longer than the model's context, {subject.context}"
-            raise wrong(examples.item, limit)
+    try:
+        subject = find_origin(about.get("model") or run.name, base, tokenizer)
+    except SourceError as error:
+        return {item.name: found.get(item.name, not_run(str(error))) for item in settings.downstream}
     others = {name: find_baseline(name) for name in settings.downstream_baselines}
     seeds = [run.params.seed + number for number in range(settings.downstream_seeds)]
     models = 1 + sum(isinstance(origin, Origin) for origin in others.values())
@@ -149,7 +148,7 @@ def _fine_tunings(
     """One model on one set, with every seed; `about`: it is the one whose first classifier is kept."""
     run, item, rows, results = work.run, examples.item, None, []
     partial = place / ".model.partial"
-    # an encoder's own limit; the subject's context was checked
+    # what another model reads may be less than a set asks for
     length = min(item.max_length, origin.context, origin.tokenizer.model_max_length)
     for seed in work.seeds:
         where = f"{item.name} · {origin.name} · seed {seed}"

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ttl_utils import checkpoints
 from ttl_utils.blocks import TokenBlocks
@@ -17,14 +18,14 @@ from ttl_utils.model import Hardware, choose_hardware
 from ttl_utils.perplexity import by_group, perplexity
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
-from ttl_utils.subject import blocks_of, load_model, subject_of
-from ttl_utils.task_files import wanted
+from ttl_utils.subject import Subject, blocks_of, load_model, subject_of
+from ttl_utils.task_files import open_task, wanted
 from ttl_utils.tokenizer import load_tokenizer
 
 
 def scores_folder(run: Run) -> Path:
-    """Scores by the hash of the weights: they outlive the stage's folder, and serve checkpoints of a running stage."""
-    return run.folder / "scores"
+    """Scores by the hash of the weights, beside the stage that made these: they outlive stage 04's folder."""
+    return run.stage("03_pretraining").folder.parent / "scores"
 
 
 def evaluate(run: Run) -> Stage:
@@ -35,45 +36,31 @@ def evaluate(run: Run) -> Stage:
     """
     stage = run.stage("04_evaluation")
     if stage.reuse():
+        _try_again(run, stage)
         return stage
     settings, status = run.params.evaluation, stage.folder / "status.json"
-    items = wanted(settings)
+    # a typing error costs no evaluation
+    wanted(settings)
     with stage.work() as energy:
         corpus, subject, hardware = run.need("01_data"), subject_of(run), choose_hardware(run.params.pretraining)
         print(f"evaluating {subject.name} ({subject.origin}, weights {subject.weights[:12]})\n{hardware}")
-        blocks, text_bytes = blocks_of(run, subject)
+        # another model's longer context would not compare, nor fit in memory
+        context = min(subject.context, run.params.model.max_position_embeddings)
+        blocks, text_bytes = blocks_of(run, subject, context)
         rows = []
         if subject.origin == "this run":
             rows = list(perplexity_over_checkpoints(run, blocks, text_bytes, hardware, status))
         model = load_model(subject.folder, hardware)
         with Progress("held-out tokens scored", blocks.tokens, status) as progress:
             final = perplexity(model, blocks, text_bytes=text_bytes, batch_size=settings.batch_size, progress=progress)
-        groups = by_group(
-            model, corpus, subject.tokenizer, subject.context, batch_size=settings.batch_size, status=status
-        )
-        about = {name: getattr(subject, name) for name in ("weights", "beside_weights", "revision")}
-        about["model"] = subject.name
-        harness = run_harness(
-            model,
-            subject.tokenizer,
-            items,
-            about=about,
-            cache=scores_folder(run),
-            batch_size=settings.batch_size,
-            device=hardware.device,
-            limit=settings.harness_limit,
-            seed=run.params.seed,
-            status=status,
-            energy=energy,
-        )
-        write_harness(stage.folder / "harness.json", list(harness.values()))
+        groups = by_group(model, corpus, subject.tokenizer, context, batch_size=settings.batch_size, status=status)
+        harness = _harness(run, stage, subject, model, hardware, energy)
         del model
-        downstream = run_downstream(
-            run, corpus, subject.folder, subject.tokenizer, stage.folder / "downstream", hardware, about, energy
-        )
+        downstream = _downstream(run, stage, subject, hardware, energy)
         metrics = {
-            **about,
+            **_about(subject),
             "origin": subject.origin,
+            "context": context,
             "perplexity": final["perplexity"],
             "bits_per_byte": final["bits_per_byte"],
             "loss": final["loss"],
@@ -84,8 +71,53 @@ def evaluate(run: Run) -> Stage:
             "downstream": downstream,
             "precision": hardware.precision,
         }
-        stage.finish(metrics, {"harness": [stage.folder / "harness.json"]})
+        stage.finish(metrics, {})
     return stage
+
+
+def _about(subject: Subject) -> dict:
+    names = ("weights", "beside_weights", "revision")
+    return {"model": subject.name, **{name: getattr(subject, name) for name in names}}
+
+
+def _harness(run: Run, stage: Stage, subject: Subject, model: Any, hardware: Hardware, energy: Any) -> dict[str, dict]:
+    settings = run.params.evaluation
+    rows = run_harness(
+        model,
+        subject.tokenizer,
+        wanted(settings),
+        about=_about(subject),
+        cache=scores_folder(run),
+        batch_size=settings.batch_size,
+        device=hardware.device,
+        limit=settings.harness_limit,
+        seed=run.params.seed,
+        status=stage.folder / "status.json",
+        energy=energy,
+    )
+    write_harness(stage.folder / "harness.json", list(rows.values()))
+    return rows
+
+
+def _downstream(run: Run, stage: Stage, subject: Subject, hardware: Hardware, energy: Any) -> dict[str, dict]:
+    folder, corpus = stage.folder / "downstream", run.need("01_data")
+    return run_downstream(run, corpus, subject.folder, subject.tokenizer, folder, hardware, _about(subject), energy)
+
+
+def _try_again(run: Run, stage: Stage) -> None:
+    """Of a finished stage, what could not be run: a data set or an encoder that was out of reach may be there now."""
+    metrics, settings, hardware = stage.metrics(), run.params.evaluation, choose_hardware(run.params.pretraining)
+    missing = [item for item in wanted(settings) if metrics["harness"].get(item.key, {}).get("status") == "not run"]
+    sets = [row for found in metrics["downstream"].values() for row in (found, *found.get("baselines", {}).values())]
+    if any(open_task(item, run.params.seed).task for item in missing):
+        subject = subject_of(run)
+        with stage.measuring() as energy:
+            harness = _harness(run, stage, subject, load_model(subject.folder, hardware), hardware, energy)
+        stage.add_metrics(harness=harness)
+    if any(row.get("status") == "not run" for row in sets):
+        with stage.measuring() as energy:
+            found = _downstream(run, stage, subject_of(run), hardware, energy)
+        stage.add_metrics(downstream=found)
 
 
 def checkpoint_scores(run: Run) -> list[dict]:
@@ -114,7 +146,7 @@ def checkpoint_scores(run: Run) -> list[dict]:
             seed=run.params.seed,
             energy=energy,
         )
-    if stage.finished:
+    if stage.finished and stage.manifest()["identity"] == stage.identity():
         stage.add_metrics(checkpoint_scores=rows)
     return rows
 
@@ -132,8 +164,10 @@ def perplexity_over_checkpoints(
     with Progress("checkpoints evaluated", len(found), status) as progress:
         for number, path in enumerate(found):
             try:
+                state = read_json(path / "state.json")
                 checkpoints.check(path)
-            except DamagedFile as error:
+            except (DamagedFile, FileNotFoundError) as error:
+                # one of a running stage may just have been thinned out
                 print(f"checkpoint {path.name} is not evaluated: {error}")
                 continue
             weights = read_json(path / "checkpoint.json")[checkpoints.WEIGHTS]
@@ -144,7 +178,6 @@ def perplexity_over_checkpoints(
                 model = load_model(path, hardware)
                 size = run.params.evaluation.batch_size
                 write_json(cache, perplexity(model, blocks, text_bytes=text_bytes, batch_size=size))
-            state = read_json(path / "state.json")
             yield {**{name: state[name] for name in ("step", "tokens", "energy_kwh")}, **read_json(cache)}
             progress.update(number + 1)
 

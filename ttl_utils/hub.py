@@ -192,14 +192,26 @@ def load(dataset: str, config: str | None, split: str, revision: str | None = No
         SourceError: the hub cannot be reached, the set is gated or missing, or it has no such split; what to do.
     """
     import datasets
+    from huggingface_hub import constants
 
     place = _place(dataset, config, revision)
     if folder := mirrored(dataset):
         place["cache_dir"] = cache_of(folder)
-    else:
+    elif not (constants.HF_HUB_OFFLINE and _is_kept(place, split)):
         check(dataset, revision)
     with _opening(dataset, config, split):
         return datasets.load_dataset(**place, split=split, streaming=streaming)
+
+
+def _is_kept(place: dict, split: str) -> bool:
+    """Whether a machine that is declared offline has loaded this set before."""
+    import datasets
+
+    try:
+        datasets.load_dataset(**place, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError):
+        return False
+    return True
 
 
 def cache_of(folder: Path) -> str:

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -236,7 +237,7 @@ def inference_report(run: Run) -> dict:
         "scored_tokens": SCORED_TOKENS,
         "device": torch.cuda.get_device_name() if hardware.device == "cuda" else machine()["processor"],
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "torchao") if find_spec(name)},
     }
     if path.is_file() and (known := read_json(path))["key"] == key:
         return known
@@ -246,8 +247,9 @@ def inference_report(run: Run) -> dict:
         model = load_model(subject.folder, plain, torch.float32)
         rows = measure_inference(model, settings, hardware, blocks, text_bytes, stage.folder / "status.json")
     report = {"key": key, "rows": rows}
-    write_json(path, report)
+    # the report last: a kill in between measures again
     stage.add_metrics(inference=rows)
+    write_json(path, report)
     return report
 
 

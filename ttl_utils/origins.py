@@ -55,8 +55,10 @@ def find_origin(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase, enc
     spelling |= {"truncation": None, "padding": None}
     known = [spelling, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     weights["tokenizer"] = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    config = AutoConfig.from_pretrained(folder)
-    return Origin(name, folder, tokenizer, encoder, config.max_position_embeddings, config.vocab_size, weights)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    # some architectures have no table of positions
+    context = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    return Origin(name, folder, tokenizer, encoder, context, config.vocab_size, weights)
 
 
 def find_baseline(name: str) -> Origin | dict[str, str]:

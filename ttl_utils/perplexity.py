@@ -124,7 +124,7 @@ def texts_report(run: Run) -> dict:
     """
     stage, settings, subject = run.need("04_evaluation"), run.params.evaluation, subject_of(run)
     hardware, path = choose_hardware(run.params.pretraining), stage.folder / "reports" / "texts.json"
-    key = {"model": subject.name, "weights": [subject.weights, subject.beside_weights], "context": subject.context}
+    key = {"weights": [subject.weights, subject.beside_weights], "context": subject.context}
     key |= {"limit": settings.texts_limit, "precision": hardware.precision}
     kept = read_json(path) if path.is_file() else {}
     known = [row for row in kept["texts"] if "reason" not in row] if kept.get("key") == key else []

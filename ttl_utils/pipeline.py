@@ -91,12 +91,26 @@ def run_notebooks(arguments: argparse.Namespace) -> None:
             stage.set_aside()
             executed.unlink(missing_ok=True)
             reused = False
-        if reused and executed.is_file():
+        if reused and _shows(executed, run, name):
             continue
         execute(run, name, given)
     run.gather_metrics()
     run.record()
     print(f"run {run.name!r} is complete in {run.folder} (this took {clock(time.monotonic() - started)})")
+
+
+def _asked(run: Run, name: str) -> dict:
+    """The sections that a notebook reads, as plain data: keys that are no identity decide what it reports."""
+    # answers are measured by what stage 04 asks
+    sections = (*STAGES[name].sections, *(["evaluation"] if name == "05_chat" else []))
+    return {section: getattr(run.params, section).model_dump(mode="json") for section in sections}
+
+
+def _shows(executed: Path, run: Run, name: str) -> bool:
+    """Whether there is an executed notebook of these parameters."""
+    import nbformat
+
+    return executed.is_file() and nbformat.read(executed, as_version=4).metadata.get("ttl") == _asked(run, name)
 
 
 def execute(run: Run, name: str, given: dict) -> None:
@@ -132,8 +146,11 @@ def execute(run: Run, name: str, given: dict) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+    made = nbformat.read(partial, as_version=4)
+    made.metadata["ttl"] = _asked(run, name)
+    nbformat.write(made, partial)
     # JupyterLab shows the tables' styles of notebooks that its user trusts, which this one's is
-    NotebookNotary().sign(nbformat.read(partial, as_version=4))
+    NotebookNotary().sign(made)
     os.replace(partial, final)
     failed.unlink(missing_ok=True)
     print(f"{name}: done in {clock(time.monotonic() - started)}", flush=True)

@@ -72,7 +72,7 @@ def subject_of(run: Run, under_way: bool = False) -> Subject:
 
 
 def fingerprint(params: Params, recorded: dict | None = None) -> dict | None:
-    """What `evaluation.model` adds to the stage's identity: the weights themselves, not the place they came from.
+    """What `evaluation.model` adds to the stage's identity: the model itself, not the place it came from.
 
     `recorded` is what it was when the work began: it stands where the source cannot be had any more.
 
@@ -83,7 +83,8 @@ def fingerprint(params: Params, recorded: dict | None = None) -> dict | None:
     if settings.model is None:
         return None
     try:
-        return {"weights": hub.weight_hashes(hub.local_model(settings.model, settings.model_revision, KEY), KEY)}
+        folder = hub.local_model(settings.model, settings.model_revision, KEY)
+        return {"weights": hub.weight_hashes(folder, KEY), "beside_weights": beside_weights(_hashes(folder))}
     except SourceError:
         if recorded:
             return recorded
@@ -166,8 +167,13 @@ def _opened(name: str, folder: Path, origin: Any, place: str) -> Subject:
         raise SourceError(
             f"{place} does not say how many tokens it reads at once: give its tokenizer_config.json a model_max_length"
         )
-    beside = beside_weights({path.name: sha256(path) for name in BESIDE_WEIGHTS if (path := folder / name).is_file()})
-    return Subject(name, folder, weights, beside, hub.commit_of(folder), origin, tokenizer, context)
+    return Subject(
+        name, folder, weights, beside_weights(_hashes(folder)), hub.commit_of(folder), origin, tokenizer, context
+    )
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for name in BESIDE_WEIGHTS if (path := folder / name).is_file()}
 
 
 def beside_weights(hashes: dict[str, str]) -> str:

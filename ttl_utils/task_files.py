@@ -114,6 +114,8 @@ def open_task(item: Wanted, seed: int) -> Opened:
     # where they are drawn from the split that is evaluated, lm-eval draws one more and leaves the document itself out
     itself = task.fewshot_cfg.sampler == "default" and task.fewshot_cfg.split == task.config.test_split
     most = len(task.sampler.df) - itself
+    if task.config.output_type != "generate_until" and not isinstance(_metric(task.config), str):
+        raise TTLError(f"task {item.key!r}: its file names no metric that is known by a name: it cannot be reported")
     if shots > most:
         raise TTLError(f"task {item.key!r}: {shots} worked examples are asked for, and its data give {max(most, 0)}.")
     return Opened(item, task, None, _about(item, task), _fingerprint(task, seed))
