@@ -30,7 +30,7 @@ def harness(metrics: dict[str, Any]) -> pd.DataFrame:
     """A row per task of the harness, run or not."""
     columns = ["task", "status", "num_fewshot", "metric", "value", "stderr", "samples", "truncated", "chance"]
     rows = [{**row, "task": key} for key, row in metrics["harness"].items()]
-    table = pd.DataFrame(rows, columns=[*columns, "constant_answer", "dataset", "from_mirror", "reason"])
+    table = pd.DataFrame(rows, columns=[*columns, "constant_answer", "from_mirror", "reason"])
     return table.dropna(axis="columns", how="all")
 
 
