@@ -148,7 +148,7 @@ def _precision(asked: str, device: str) -> tuple[str, str]:
         return asked, "as asked"
     if device == "cuda":
         return ("bf16", "the GPU computes it") if real_bf16 else ("fp16", "the GPU has no bf16 of its own")
-    return "fp32", "on this device 16 bits are slower"
+    return "fp32", "without an NVIDIA GPU bf16 may be faster or far slower: `ttl search` measures it"
 
 
 def _attention(asked: str, device: str, precision: str) -> tuple[str, str]:
