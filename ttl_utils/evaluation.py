@@ -104,17 +104,24 @@ def _downstream(run: Run, stage: Stage, subject: Subject, hardware: Hardware, en
     return run_downstream(run, corpus, subject.folder, subject.tokenizer, folder, hardware, _about(subject), energy)
 
 
+def not_run(metrics: dict) -> tuple[list[str], list[str]]:
+    """The tasks, and the sets (or encoders on them), whose data could not be had."""
+    tasks = [key for key, row in metrics["harness"].items() if row["status"] == "not run"]
+    sets = {name: [found, *found.get("baselines", {}).values()] for name, found in metrics["downstream"].items()}
+    return tasks, [name for name, rows in sets.items() if any(row.get("status") == "not run" for row in rows)]
+
+
 def _try_again(run: Run, stage: Stage) -> None:
     """Of a finished stage, what could not be run: a data set or an encoder that was out of reach may be there now."""
-    metrics, settings, hardware = stage.metrics(), run.params.evaluation, choose_hardware(run.params.pretraining)
-    missing = [item for item in wanted(settings) if metrics["harness"].get(item.key, {}).get("status") == "not run"]
-    sets = [row for found in metrics["downstream"].values() for row in (found, *found.get("baselines", {}).values())]
+    settings, hardware = run.params.evaluation, choose_hardware(run.params.pretraining)
+    tasks, sets = not_run(stage.metrics())
+    missing = [item for item in wanted(settings) if item.key in tasks]
     if any(open_task(item, run.params.seed).task for item in missing):
         subject = subject_of(run)
         with stage.measuring() as energy:
             harness = _harness(run, stage, subject, load_model(subject.folder, hardware), hardware, energy)
         stage.add_metrics(harness=harness)
-    if any(row.get("status") == "not run" for row in sets):
+    if sets:
         with stage.measuring() as energy:
             found = _downstream(run, stage, subject_of(run), hardware, energy)
         stage.add_metrics(downstream=found)

@@ -91,7 +91,7 @@ def run_notebooks(arguments: argparse.Namespace) -> None:
             stage.set_aside()
             executed.unlink(missing_ok=True)
             reused = False
-        if reused and _shows(executed, run, name):
+        if reused and _shows(executed, run, name) and not _left(stage):
             continue
         execute(run, name, given)
     run.gather_metrics()
@@ -111,6 +111,13 @@ def _shows(executed: Path, run: Run, name: str) -> bool:
     import nbformat
 
     return executed.is_file() and nbformat.read(executed, as_version=4).metadata.get("ttl") == _asked(run, name)
+
+
+def _left(stage: Stage) -> bool:
+    """Whether something of stage 04 could not be run: it is asked for again."""
+    from ttl_utils.evaluation import not_run
+
+    return stage.name == "04_evaluation" and any(not_run(stage.metrics()))
 
 
 def execute(run: Run, name: str, given: dict) -> None:
