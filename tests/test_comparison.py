@@ -315,7 +315,7 @@ def test_mistakes_are_named(folder: Folder) -> None:
     ("file", "text", "said"),
     [
         ("metrics.jsonl", "", "'bad' has no record yet"),
-        ("metrics.jsonl", '{"step": 1, "tokens": 2}\n{"step":\n', "metrics.jsonl is damaged"),
+        ("metrics.jsonl", '{"step": 1, "tokens": 2}\n{"step":\n', "metrics.jsonl, line 2: not a record"),
         ("metrics.jsonl", '{"step": 1}\n', "metrics.jsonl is damaged"),
         ("metrics.jsonl", "[1]\n", "metrics.jsonl is damaged"),
         ("metrics.json", "{", "metrics.json is damaged"),

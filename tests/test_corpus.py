@@ -413,7 +413,7 @@ FAILURES = [
     (ConnectionError("refused"), "cannot be reached .*refused"),
     (response(HfHubHTTPError, 503), "cannot be reached"),
     (response(GatedRepoError, 403), "is gated: accept its terms .* HF_TOKEN"),
-    (response(RepositoryNotFoundError, 404), "is not on the hub .*data.sources"),
+    (response(RepositoryNotFoundError, 404), "is not on the hub .*every id is a parameter"),
 ]
 
 
