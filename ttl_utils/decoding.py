@@ -91,7 +91,8 @@ def memory_growth(device: str, action: Callable[[], Any]) -> int | None:
     except OSError:
         before = None
     action()
-    return None if before is None else _peak_resident() - before
+    # each thread's pages are counted late, so that a peak may lie a little below what was held before it
+    return None if before is None else max(0, _peak_resident() - before)
 
 
 def _peak_resident() -> int:
