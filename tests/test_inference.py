@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from pathlib import Path
 
@@ -262,11 +263,10 @@ def test_a_static_cache_is_emptied_and_gives_the_same(model, ids):
     assert steps == [(3, 1)] * 22
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="Linux alone lets a peak be counted anew")
 def test_memory_rises_by_what_an_action_holds():
     size = 2**26
     found = dec.memory_growth("cpu", lambda: torch.ones(size // 4).sum())
-    if found is None:
-        pytest.skip("this system does not tell")
     assert size * 0.9 < found < size * 2
 
 
