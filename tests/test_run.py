@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -853,3 +854,26 @@ def test_an_error_leaves_the_last_status(tmp_path):
         progress.update(5)
         raise ValueError("mine")
     assert read_json(status)["line"] == "steps: 5"
+
+
+def test_the_work_of_a_cell_is_one_output(monkeypatch):
+    from ttl_utils import progress
+
+    shown, cell = [], SimpleNamespace(execution_count=1, kernel=None)
+
+    def display(text, display_id):
+        shown.append([repr(text)])
+        return SimpleNamespace(update=lambda text, place=shown[-1]: place.append(repr(text)))
+
+    monkeypatch.setattr("IPython.get_ipython", lambda: cell)
+    monkeypatch.setattr("IPython.display.display", display)
+    for label in ("first", "second"):
+        with progress.Progress(label, 2, every_s=0) as work:
+            work.update(1)
+            work.update(2)
+    # each keeps its last line, the later one below
+    assert len(shown) == 1 and re.fullmatch(r"first: 2 of 2 .*\nsecond: 2 of 2 .*", shown[0][-1])
+    cell.execution_count = 2
+    with progress.Progress("third", 1) as work:
+        work.update(1)
+    assert len(shown) == 2 and shown[1][-1].startswith("third: 1 of 1") and "first" not in shown[1][-1]

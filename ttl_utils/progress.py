@@ -29,8 +29,8 @@ def clock(seconds: float) -> str:
 class Progress:
     """Counts `done` of `total` and shows it, at most every `every_s` seconds.
 
-    Where: one display handle in a notebook; one line with a carriage return on a terminal; a line now and then in
-    a log file. `status` is a JSON file that other processes may read while the work goes on.
+    Where: a line of the cell's one output in a notebook; one line with a carriage return on a terminal; a line now and
+    then in a log file. `status` is a JSON file that other processes may read while the work goes on.
     """
 
     def __init__(self, label: str, total: int | None, status: Path | None = None, done: int = 0, every_s: float = 1.0):
@@ -38,7 +38,6 @@ class Progress:
         self.first, self.started = done, time.monotonic()
         self.every_s = every_s if in_notebook() or sys.stderr.isatty() else 10 * every_s
         self.next_show = 0.0
-        self.handle: Any = None
 
     def __enter__(self) -> Progress:
         return self
@@ -46,7 +45,7 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if not error[0]:
             self.show(final=True)
-            if not self.handle and sys.stderr.isatty():
+            if not in_notebook() and sys.stderr.isatty():
                 print(file=sys.stderr)
 
     def update(self, done: int, note: str = "") -> bool:
@@ -81,16 +80,30 @@ class Progress:
             with contextlib.suppress(PermissionError):
                 os.replace(partial, self.status)
         if in_notebook():
-            from IPython.display import display
-
-            if self.handle is None:
-                self.handle = display(_Text(text), display_id=True)
-            else:
-                self.handle.update(_Text(text))
+            _in_cell(self, text)
         elif sys.stderr.isatty():
             print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
         else:
             print(text, file=sys.stderr, flush=True)
+
+
+# of the cell that runs: its number, its output, and a line for each of its pieces of work
+_cell: dict[str, Any] = {"number": None}
+
+
+def _in_cell(work: Progress, text: str) -> None:
+    """Show a line of this cell's one output, below those of the work before it."""
+    from IPython import get_ipython
+    from IPython.display import display
+
+    if _cell["number"] != (number := get_ipython().execution_count):
+        _cell.update(number=number, lines={}, handle=None)
+    _cell["lines"][work] = text
+    shown = _Text("\n".join(_cell["lines"].values()))
+    if _cell["handle"] is None:
+        _cell["handle"] = display(shown, display_id=True)
+    else:
+        _cell["handle"].update(shown)
 
 
 class _Text:
