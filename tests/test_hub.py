@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from ttl_utils import hub
@@ -320,3 +320,17 @@ def test_a_mirror_that_changed_is_read_anew(tmp_path, monkeypatch):
     # of the same size, as a label that was put right is
     path.write_text(path.read_text().replace(",pt,", ",en,"))
     assert {row["lang"] for row in hub.load(DATASET, None, "train", streaming=False)} == {"en", "pt"}
+
+
+def test_a_machine_that_is_declared_offline_reads_what_it_loaded_before(monkeypatch):
+    monkeypatch.delenv("TTL_MIRROR", raising=False)
+    assert constants.HF_HUB_OFFLINE
+    monkeypatch.setattr("datasets.load_dataset", lambda **options: options["path"])
+    assert hub.load(DATASET, None, "train", streaming=False) == DATASET
+
+    def absent(**_):
+        raise ConnectionError("not in the cache")
+
+    monkeypatch.setattr("datasets.load_dataset", absent)
+    with pytest.raises(SourceError, match="the Hugging Face hub cannot be reached .* or set TTL_MIRROR"):
+        hub.load(DATASET, None, "train", streaming=False)

@@ -197,21 +197,16 @@ def load(dataset: str, config: str | None, split: str, revision: str | None = No
     place = _place(dataset, config, revision)
     if folder := mirrored(dataset):
         place["cache_dir"] = cache_of(folder)
-    elif not (constants.HF_HUB_OFFLINE and _is_kept(place, split)):
+    elif not constants.HF_HUB_OFFLINE:
         check(dataset, revision)
-    with _opening(dataset, config, split):
-        return datasets.load_dataset(**place, split=split, streaming=streaming)
-
-
-def _is_kept(place: dict, split: str) -> bool:
-    """Whether a machine that is declared offline has loaded this set before."""
-    import datasets
-
     try:
-        datasets.load_dataset(**place, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError):
-        return False
-    return True
+        with _opening(dataset, config, split):
+            return datasets.load_dataset(**place, split=split, streaming=streaming)
+    except SourceError:
+        # declared offline, what was loaded before is in the library's cache; of what was not, the hub's state says more
+        if not folder and constants.HF_HUB_OFFLINE:
+            check(dataset, revision)
+        raise
 
 
 def cache_of(folder: Path) -> str:
