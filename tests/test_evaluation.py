@@ -111,13 +111,17 @@ def test_a_damaged_checkpoint_is_named_and_left_out(trained, loads, capsys):
     assert "step-0000008 is not evaluated" in capsys.readouterr().out
 
 
-def test_the_whole_stage(trained, capsys):
+def test_the_whole_stage(trained, capsys, monkeypatch):
+    passes = []
+    monkeypatch.setattr(ev, "perplexity", lambda *args, **kwargs: passes.append(1) or perplexity(*args, **kwargs))
     run = again(trained, harness=[{"name": "ttl_smoke_pt"}], checkpoint_tasks=["ttl_smoke_pt"], harness_limit=4)
     stage = ev.evaluate(run)
     metrics = stage.metrics()
-    last = metrics["checkpoints"][-1]
-    assert metrics["perplexity"] == pytest.approx(last["perplexity"], rel=1e-6)
-    assert metrics["scored_tokens"] == last["scored_tokens"]
+    blocks, text_bytes = blocks_of(run, subject_of(run))
+    final = perplexity(load_model(trained.folder / "03_pretraining" / "model", CPU), blocks, text_bytes=text_bytes)
+    assert {name: metrics[name] for name in final} == pytest.approx(final, rel=1e-6)
+    # one for each checkpoint, and none again for the same weights
+    assert len(passes) == 3
     assert metrics["model"] == run.name and metrics["origin"] == "this run"
     kept = read_json(stage.folder / "harness.json")
     assert "ttl_smoke_pt" in json.dumps(kept) and metrics["harness"]["ttl_smoke_pt"]["samples"] == 4
@@ -128,6 +132,13 @@ def test_the_whole_stage(trained, capsys):
     assert [row["step"] for row in rows] == [4, 8, 12]
     assert all(set(row["scores"]) == {"ttl_smoke_pt"} for row in rows)
     assert stage.metrics()["checkpoint_scores"] == rows
+
+
+def test_without_its_last_checkpoint_the_model_itself_is_scored(trained):
+    shutil.rmtree(trained.folder / "03_pretraining" / "checkpoints" / NAMES[2])
+    metrics = ev.evaluate(trained).metrics()
+    assert [row["step"] for row in metrics["checkpoints"]] == [4, 8]
+    assert metrics["perplexity"] < metrics["checkpoints"][-1]["perplexity"]
 
 
 def test_downstream_sets_are_part_of_the_stage(trained):

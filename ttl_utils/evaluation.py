@@ -51,8 +51,14 @@ def evaluate(run: Run) -> Stage:
         if subject.origin == "this run":
             rows = list(perplexity_over_checkpoints(run, blocks, text_bytes, hardware, status))
         model = load_model(subject.folder, hardware)
-        with Progress("held-out tokens scored", blocks.tokens, status) as progress:
-            final = perplexity(model, blocks, text_bytes=text_bytes, batch_size=settings.batch_size, progress=progress)
+        if rows and rows[-1]["step"] == run.need("03_pretraining").metrics()["steps"]:
+            # the last checkpoint has the model's weights
+            final = rows[-1]
+        else:
+            with Progress("held-out tokens scored", blocks.tokens, status) as progress:
+                final = perplexity(
+                    model, blocks, text_bytes=text_bytes, batch_size=settings.batch_size, progress=progress
+                )
         groups = by_group(model, corpus, subject.tokenizer, context, batch_size=settings.batch_size, status=status)
         harness = _harness(run, stage, subject, model, hardware, energy)
         del model
