@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
+from ttl_utils.devices import put
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.examples import Rows
 from ttl_utils.origins import Origin
@@ -122,13 +123,7 @@ def padded(rows: Rows, chosen: np.ndarray, origin: Origin, device: str) -> dict[
             types[place, : len(rows.types[n])] = rows.types[n]
     inputs = {"input_ids": ids} | ({"attention_mask": mask} if origin.encoder else {})
     inputs |= {"token_type_ids": types} if rows.types else {}
-    return {name: _moved(value, device) for name, value in inputs.items()}
-
-
-def _moved(values: np.ndarray, device: str) -> torch.Tensor:
-    tensor = torch.from_numpy(values)
-    # from pinned memory the copy is not waited for
-    return tensor.pin_memory().to(device, non_blocking=True) if device == "cuda" else tensor.to(device)
+    return {name: put(value, device) for name, value in inputs.items()}
 
 
 def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor], origin: Origin) -> torch.Tensor:
@@ -154,8 +149,7 @@ def predict(model: PreTrainedModel, rows: Rows, origin: Origin, hardware: Hardwa
 
 
 def autocast(hardware: Hardware) -> torch.autocast:
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(hardware.precision)
-    return torch.autocast(hardware.device, dtype, enabled=dtype is not None)
+    return torch.autocast(hardware.device, hardware.dtype, enabled=hardware.dtype != torch.float32)
 
 
 def fine_tune(
@@ -191,7 +185,7 @@ def fine_tune(
         summed = torch.zeros((), device=hardware.device)
         for chosen in batches(lengths, size, np.random.default_rng([seed, epoch])):
             inputs = padded(train, chosen, origin, hardware.device)
-            target = _moved(train.labels[chosen], hardware.device)
+            target = put(train.labels[chosen], hardware.device)
             with autocast(hardware):
                 loss = cross_entropy(_logits(model, inputs, origin), target)
             scaler.scale(loss).backward()

@@ -7,12 +7,17 @@ import difflib
 import re
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ttl_utils import paper
 from ttl_utils.errors import ParameterError
 from ttl_utils.model import Hardware
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 
 @dataclass(frozen=True)
@@ -103,3 +108,11 @@ def gpu_readings() -> dict[str, float]:
         with contextlib.suppress(Exception):
             found[name] = float(read())
     return found
+
+
+def put(values: np.ndarray, device: str) -> torch.Tensor:
+    """An array on a device; a GPU's copy is not waited for."""
+    import torch
+
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else tensor.to(device)

@@ -151,8 +151,7 @@ def checkpoint_scores(run: Run) -> list[dict]:
             items,
             about={"model": run.name, "revision": None},
             cache=scores_folder(run),
-            # as load_model chooses
-            dtype={"bf16": "bfloat16", "fp16": "float16"}.get(hardware.precision, "float32"),
+            dtype=str(hardware.dtype).removeprefix("torch."),
             batch_size=settings.batch_size,
             device=hardware.device,
             limit=settings.harness_limit,

@@ -10,6 +10,7 @@ from ttl_utils.errors import ParameterError
 from ttl_utils.schema import Model, Optimisation
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 
@@ -100,6 +101,13 @@ class Hardware:
     @property
     def mixed_precision(self) -> str:
         return self.precision if self.precision in ("bf16", "fp16") else "no"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights that are not trained: 16 bits where it computes in 16."""
+        import torch
+
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision, torch.float32)
 
     def __str__(self) -> str:
         return "\n".join(self.reasons)

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from ttl_utils.blocks import TokenBlocks
 from ttl_utils.corpus import documents
+from ttl_utils.devices import put
 from ttl_utils.encoding import plain_ids
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.files import read_json, write_json
@@ -279,20 +280,15 @@ def _scoring(model: PreTrainedModel) -> Iterator[tuple[Callable[[np.ndarray, np.
 
     Meanwhile the model is in evaluation mode, makes no gradients, and has lean modules where it is a Llama.
     """
-    device = next(model.parameters()).device
+    device = str(next(model.parameters()).device)
     layers = [layer for name, layer in model.named_modules() if name.endswith(("_proj", "lm_head"))]
     # a quantized layer has no matrix to multiply with: such a model is called for its logits
     plain = all(type(layer) is torch.nn.Linear and type(layer.weight) is torch.nn.Parameter for layer in layers)
     chunked = isinstance(model, LlamaForCausalLM) and plain
     scored = model if chunked else partial(model)
 
-    def put(values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        # from pinned memory, so that nothing waits
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
     def nats_of(ids: np.ndarray, labels: np.ndarray) -> torch.Tensor:
-        return summed_loss(scored, {"input_ids": put(ids), "labels": put(labels)})
+        return summed_loss(scored, {"input_ids": put(ids, device), "labels": put(labels, device)})
 
     training, kinds = model.training, {module: type(module) for module in model.modules()}
     model.eval()

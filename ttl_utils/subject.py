@@ -97,15 +97,13 @@ def load_model(folder: Path, hardware: Hardware, dtype: torch.dtype | None = Non
     Raises:
         SourceError: its weights are damaged, of another shape than its configuration, or not all there.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    dtype = dtype or {"bf16": torch.bfloat16, "fp16": torch.float16}.get(hardware.precision, torch.float32)
     config = _config(folder, str(folder))
     # not every other architecture has every attention: transformers chooses
     attention = hardware.attention if config.model_type == "llama" else None
-    options: dict[str, Any] = {"config": config, "dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"config": config, "dtype": dtype or hardware.dtype, "attn_implementation": attention}
     options |= {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     # else it raises without a name
     options |= {"ignore_mismatched_sizes": True}
