@@ -108,7 +108,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def assert_parses(text: str) -> list[str]:
     """The commands that a message tells the user to type are commands."""
-    from ttl_utils.pipeline import parser
+    from ttl_utils.commands import parser
 
     commands = [shlex.split(found) for found in re.findall(r"`(ttl [^`]+)`", text)]
     assert commands

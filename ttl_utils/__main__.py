@@ -2,6 +2,6 @@
 
 import sys
 
-from ttl_utils.pipeline import main
+from ttl_utils.commands import main
 
 sys.exit(main())

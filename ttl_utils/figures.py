@@ -11,6 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from ttl_utils import paper
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -38,6 +39,8 @@ STYLE = {
     "svg.fonttype": "none",
 }
 plt.rcParams.update(STYLE)
+# a figure's name -> what draws it from its saved data
+DRAWN: dict[str, Callable[[pd.DataFrame], Figure]] = {}
 
 
 @FuncFormatter
@@ -63,6 +66,26 @@ def subplots(columns: int = 1, width: float | None = None, height: float = 3.4) 
     return plt.subplots(1, columns, figsize=(width or (7.2 if columns == 1 else 9.6), height))
 
 
+def draws(name: str) -> Callable:
+    """Says that a function of the saved data draws the figure `name`: it can then be drawn anew from its file alone."""
+
+    def known(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
+        DRAWN[name] = draw
+        return draw
+
+    return known
+
+
+def draw(run: Run, name: str, data: pd.DataFrame) -> Figure:
+    """Draw the figure from its data, save both, and return it for the notebook to show."""
+    return save_in(run.figures, DRAWN[name](data), name, data)
+
+
+def label(text: str) -> str:
+    """The text in the language of the figures."""
+    return text
+
+
 def save(figure: Figure, run: Run, name: str, data: pd.DataFrame) -> Figure:
     """Write `figures/<name>.png`, `.svg` and the data as `.csv`, and return the figure for the notebook to show."""
     return save_in(run.figures, figure, name, data)
@@ -70,8 +93,9 @@ def save(figure: Figure, run: Run, name: str, data: pd.DataFrame) -> Figure:
 
 def save_in(folder: Path, figure: Figure, name: str, data: pd.DataFrame) -> Figure:
     folder.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    # no date: the same figure is the same file
+    for kind, date in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
+        figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata=date)
     data.to_csv(folder / f"{name}.csv", index=False)
     # closed, so that the notebook shows what the cell returns and not a second copy
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The `ttl` command: the six notebooks through papermill, in order, reusing what is finished."""
+"""The six notebooks through papermill, in order, reusing what is finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ttl_utils.errors import ParameterError, StageConflict, TTLError
 from ttl_utils.files import read_json
 from ttl_utils.params import bundled, load_params, read_file
 from ttl_utils.progress import clock
-from ttl_utils.run import STAGES, Run, Stage, outputs_folder
+from ttl_utils.run import STAGES, Run, Stage
 
 
 def overrides(settings: list[str]) -> dict:
@@ -193,137 +193,3 @@ def follow(stage: Stage, every_s: float = 2.0) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-
-
-def show_status(arguments: argparse.Namespace) -> None:
-    root = outputs_folder()
-    known = sorted({path.parent.parent.name for path in root.glob("*/*/stage.json")})
-    if arguments.run and arguments.run not in known:
-        raise TTLError(f"there is no run {arguments.run!r} in {root}; there are: {', '.join(known) or 'none'}")
-    names = [arguments.run] if arguments.run else known
-    for name in names:
-        print(name)
-        about = root / name / "run.json"
-        made = read_json(about)["stages"] if about.is_file() else {}
-        for stage in STAGES:
-            folder = root / name / stage
-            if not folder.is_dir() and stage in made:
-                text = f"of run {(about.parent / made[stage]['folder']).resolve().parent.name!r}"
-            elif (folder / "manifest.json").is_file():
-                text = f"finished {read_json(folder / 'manifest.json')['finished']}"
-            elif (folder / "status.json").is_file():
-                status = read_json(folder / "status.json")
-                text = f"{status['line']} (as of {clock(time.time() - status['time'])} ago)"
-            else:
-                text = "begun" if (folder / "stage.json").is_file() else "not made"
-            print(f"  {stage:18} {text}")
-    if not names:
-        print(f"no runs in {root}")
-
-
-def pretrain_without_notebook(arguments: argparse.Namespace) -> None:
-    from ttl_utils.pretraining import pretrain
-
-    with contextlib.ExitStack() as silence:
-        if os.environ.get("RANK", "0") != "0":
-            # the first of several processes speaks for all; errors are told below
-            nowhere = silence.enter_context(open(os.devnull, "w"))
-            silence.enter_context(contextlib.redirect_stdout(nowhere))
-            silence.enter_context(contextlib.redirect_stderr(nowhere))
-        pretrain(Run(load_params(given_values(arguments))))
-
-
-def evaluate_checkpoints(arguments: argparse.Namespace) -> None:
-    from ttl_utils.evaluation import evaluate_under_way
-    from ttl_utils.score_tables import checkpoint_table
-
-    print(checkpoint_table(evaluate_under_way(Run(load_params(given_values(arguments))))).to_string(index=False))
-
-
-def show_plan(arguments: argparse.Namespace) -> None:
-    from ttl_utils.planning import report
-
-    names = ("gpu", "usd_per_hour", "utilisation", "budget", "brl_per_usd", "unique_tokens")
-    given = given_values(arguments)
-    if arguments.country:
-        where = {"country_iso_code": arguments.country, "carbon_intensity_g_per_kwh": None}
-        given["carbon"] = given.get("carbon", {}) | where
-    print(report(load_params(given), **{name: getattr(arguments, name) for name in names}))
-
-
-def search_configurations(arguments: argparse.Namespace) -> None:
-    from ttl_utils.search import search_command
-
-    search_command(Run(load_params(given_values(arguments))), arguments.steps)
-
-
-def compare_runs(arguments: argparse.Namespace) -> None:
-    from ttl_utils.comparison import compare_command
-
-    compare_command(arguments.runs)
-
-
-def run_sweep(arguments: argparse.Namespace) -> None:
-    from ttl_utils.sweep import sweep_command
-
-    sweep_command(arguments.size, arguments.file, arguments.base)
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="ttl", description="TeenyTinyLlama, step by step: see README.md")
-    commands = made.add_subparsers(dest="command", required=True)
-
-    def sized(name: str, call: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("size", help="nano, 40m, 160m, 460m, or the path of a parameter file")
-        command.add_argument("--run", help="the run's name and folder; default: the size")
-        command.add_argument("--base", help="a run whose finished stages are used where they are the same")
-        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
-        command.set_defaults(call=call)
-        return command
-
-    run = sized("run", run_notebooks, "run the notebooks, reusing what is finished")
-    run.add_argument("--from", dest="first", metavar="STAGE", help="first stage, as in 03")
-    run.add_argument("--to", dest="last", metavar="STAGE", help="last stage, as in 05")
-    run.add_argument("--force", action="store_true", help="move a stage made otherwise aside, and make it anew")
-    sized("pretrain", pretrain_without_notebook, "stage 03 without its notebook: same folder, same weights")
-    plan = sized("plan", show_plan, "what a size takes, or what a budget buys: memory, hours, cost, energy")
-    plan.add_argument("--gpu", help="such as T4, L4, A100-40GB, H100-SXM or RTX-4090; default: the paper's A100-40GB")
-    plan.add_argument("--country", help="where it stands, as DEU or BRA, by its own intensity; default: section carbon")
-    plan.add_argument("--usd-per-hour", type=float, help="price of that GPU")
-    plan.add_argument("--utilisation", type=float, help="share of the GPU's peak, by 6N + 12 layers x hidden x context")
-    plan.add_argument("--budget", metavar="AMOUNT", help='such as "500 USD", "2500 BRL" or "40 kg" (of CO2 equivalent)')
-    plan.add_argument("--brl-per-usd", type=float, help="for a budget in BRL")
-    plan.add_argument("--unique-tokens", type=float, help="tokens of the corpus; default: those of the published one")
-    search = sized("search", search_configurations, "time precision, attention, batch split and more on this machine")
-    search.add_argument("--steps", type=int, default=3, help="timed steps of each configuration")
-    sized("evaluate", evaluate_checkpoints, "perplexity and checkpoint_tasks of the checkpoints so far, also under way")
-    compare = commands.add_parser("compare", help="runs beside each other: parameters, curves, figures, one table")
-    compare.add_argument("runs", nargs="+", metavar="RUN")
-    compare.set_defaults(call=compare_runs)
-    sweep = commands.add_parser("sweep", help="pretrain a list of variants, one after another")
-    sweep.add_argument("size", help="a size, or the path of a parameter file")
-    sweep.add_argument("file", help="a YAML list of overrides")
-    sweep.add_argument("--base", help="the run whose corpus and tokenizer all of them use; default: the size's")
-    sweep.set_defaults(call=run_sweep)
-    status = commands.add_parser("status", help="what is made, and what is under way")
-    status.add_argument("run", nargs="?")
-    status.set_defaults(call=show_status)
-    return made
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
-    try:
-        arguments.call(arguments)
-    except TTLError as error:
-        print(f"\nttl: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nttl: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
