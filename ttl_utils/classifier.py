@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from ttl_utils.devices import put
-from ttl_utils.errors import SourceError, TTLError
+from ttl_utils.errors import SourceError, TTLError, reason
 from ttl_utils.examples import Rows
 from ttl_utils.origins import Origin
 from ttl_utils.schema import Evaluation
@@ -70,8 +70,7 @@ def open_classifier(origin: Origin, names: list[str]) -> PreTrainedModel:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SourceError(f"model {origin.name!r} does not open as a classifier: {reason}") from error
+        raise SourceError(f"model {origin.name!r} does not open as a classifier: {reason(error)}") from error
     body = f"{model.base_model_prefix}."
     missing = sorted(key for key in found["missing_keys"] if key.startswith(body) and ".pooler." not in key)
     if missing:

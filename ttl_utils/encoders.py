@@ -18,7 +18,7 @@ import sentencepiece as spm
 import tokenizers
 
 from ttl_utils import hub
-from ttl_utils.errors import SourceError, TTLError
+from ttl_utils.errors import SourceError, TTLError, reason
 from ttl_utils.schema import Tokenizer
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def load(name: str) -> Encoder:
         # never the code that comes with a model; said outright, since otherwise a terminal is asked
         return from_transformers(name, "loaded", AutoTokenizer.from_pretrained(where, trust_remote_code=False))
     except Exception as error:  # a folder made by others fails in ways that cannot be foreseen
-        reason = " ".join(str(error).split())[:200]
-        raise SourceError(f"tokenizer {name!r} does not load ({type(error).__name__}: {reason})") from error
+        raise SourceError(f"tokenizer {name!r} does not load ({type(error).__name__}: {reason(error)})") from error
 
 
 def alphabet(characters: Counter[str], coverage: float) -> set[str]:

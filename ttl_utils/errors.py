@@ -29,3 +29,8 @@ class SourceError(TTLError):
 
 class DamagedFile(TTLError):
     """A file whose content is not what was written."""
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, in one line that is not too long."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -12,7 +12,7 @@ from typing import Any
 
 from ttl_utils import checkpoints
 from ttl_utils.checkpoints import WEIGHTS
-from ttl_utils.errors import SourceError
+from ttl_utils.errors import SourceError, reason
 from ttl_utils.files import read_json, sha256
 from ttl_utils.local_files import Choose, Files, Problem, parquet
 from ttl_utils.schema import Source, TextSet
@@ -32,10 +32,6 @@ def mirrored(name: str) -> Path | None:
     if not root.is_dir():
         raise SourceError(f"TTL_MIRROR={os.environ['TTL_MIRROR']}: there is no such folder ({root})")
     return root / name if (root / name).is_dir() else None
-
-
-def _reason(error: Exception, length: int = 200) -> str:
-    return " ".join(str(error).split())[:length] or type(error).__name__
 
 
 def _ask(name: str, revision: str | None, kind: str = "data set", **options: Any) -> Any:
@@ -70,7 +66,7 @@ def _ask(name: str, revision: str | None, kind: str = "data set", **options: Any
         ) from None
     except (OSError, OfflineModeIsEnabled, HTTPError) as error:
         raise SourceError(
-            f"{kind} {name!r}: the Hugging Face hub cannot be reached ({_reason(error)}). Connect to the network, "
+            f"{kind} {name!r}: the Hugging Face hub cannot be reached ({reason(error)}). Connect to the network, "
             f"{advice}"
         ) from None
 
@@ -181,7 +177,7 @@ def _opening(dataset: str, config: str | None, split: str) -> Iterator[None]:
                 f"{PARQUET_BRANCH}`, the hub's own copy as Parquet"
             ) from None
         raise SourceError(
-            f"data set {dataset!r} (config {config}, split {split}) does not open: {_reason(error, 300)}"
+            f"data set {dataset!r} (config {config}, split {split}) does not open: {reason(error)}"
         ) from error
 
 
@@ -284,9 +280,9 @@ class Stream:
         except (OSError, HTTPError, ValueError, DatasetsError) as error:
             place = f"data set {self.item.dataset!r}, after row {self.row:,}"
             if self.mirror or isinstance(error, ValueError):
-                raise SourceError(f"{place}: a file of it cannot be read ({_reason(error)})") from error
+                raise SourceError(f"{place}: a file of it cannot be read ({reason(error)})") from error
             raise SourceError(
-                f"{place}: the connection was lost ({_reason(error)}). Run again: reading goes on where it stopped"
+                f"{place}: the connection was lost ({reason(error)}). Run again: reading goes on where it stopped"
             ) from error
 
     def state(self) -> dict:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ttl_utils import checkpoints, hub
 from ttl_utils.checkpoints import OPTIMIZER, RANDOM
-from ttl_utils.errors import DamagedFile, ParameterError, SourceError
+from ttl_utils.errors import DamagedFile, ParameterError, SourceError, reason
 from ttl_utils.files import read_json
 from ttl_utils.model import llama_config, new_model
 from ttl_utils.params import Params
@@ -200,7 +200,7 @@ def _load(folder: Path, place: str, run: Run, tokenizer: PreTrainedTokenizerBase
     try:
         made, info = LlamaForCausalLM.from_pretrained(folder, config=config, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SourceError(f"{place} does not open as a Llama: {' '.join(str(error).split())[:300]}") from error
+        raise SourceError(f"{place} does not open as a Llama: {reason(error)}") from error
     wrong = sorted(str(name) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in info[kind])
     if wrong:
         raise SourceError(f"{place} does not hold just the weights of a Llama: {', '.join(wrong[:3])} do not fit")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ttl_utils import hub
-from ttl_utils.errors import SourceError
+from ttl_utils.errors import SourceError, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,4 +78,4 @@ def find_baseline(name: str) -> Origin | dict[str, str]:
     except SourceError as error:
         return not_run(str(error))
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        return not_run(f"{KEY}: {name!r} does not open: {' '.join(str(error).split())[:300]}")
+        return not_run(f"{KEY}: {name!r} does not open: {reason(error)}")

@@ -15,7 +15,7 @@ from ttl_utils import checkpoints, hub
 from ttl_utils.blocks import TokenBlocks
 from ttl_utils.corpus import documents
 from ttl_utils.encoding import plain_ids
-from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, SourceError, TTLError
+from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, SourceError, TTLError, reason
 from ttl_utils.files import read_json, sha256, write_json
 from ttl_utils.packing import PLAIN_CHARACTERS, batches
 from ttl_utils.params import Params
@@ -110,7 +110,7 @@ def load_model(folder: Path, hardware: Hardware, dtype: torch.dtype | None = Non
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise SourceError(f"{folder} does not open as a causal language model: {_reason(error)}") from error
+        raise SourceError(f"{folder} does not open as a causal language model: {reason(error)}") from error
     # what is missing would silently be random
     if wrong := sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in info[kind]):
         raise SourceError(f"{folder} does not hold the weights of a {type(model).__name__}: {', '.join(wrong[:3])}")
@@ -191,7 +191,7 @@ def _check_whole(folder: Path, weights: list[Path], place: str) -> None:
                 pass
     except (DamagedFile, SafetensorError) as error:
         where = "" if isinstance(error, DamagedFile) else f"{path} is damaged: "
-        raise SourceError(f"{place}: {where}{_reason(error)}. Copy it again, or name another model") from None
+        raise SourceError(f"{place}: {where}{reason(error)}. Copy it again, or name another model") from None
 
 
 def _config(folder: Path, place: str) -> PreTrainedConfig:
@@ -203,7 +203,7 @@ def _config(folder: Path, place: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise SourceError(f"{place}: {folder / 'config.json'} does not open: {_reason(error)}") from None
+        raise SourceError(f"{place}: {folder / 'config.json'} does not open: {reason(error)}") from None
     kinds, known = config.architectures or [], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if config.model_type not in known or (kinds and kinds[0] not in known.values()):
         found = kinds[0] if kinds else config.model_type
@@ -222,11 +222,7 @@ def _tokenizer(folder: Path, place: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a folder made by others fails in ways that cannot be foreseen
-        raise SourceError(f"{place}: its tokenizer does not open ({type(error).__name__}: {_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise SourceError(f"{place}: its tokenizer does not open ({type(error).__name__}: {reason(error)})") from error
 
 
 # the tokens it is scored on

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ttl_utils import hub
-from ttl_utils.errors import ParameterError, SourceError
+from ttl_utils.errors import ParameterError, SourceError, reason
 from ttl_utils.schema import Toxicity
 
 if TYPE_CHECKING:
@@ -93,8 +93,7 @@ def load(settings: Toxicity) -> Scorer:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, HTTPError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SourceError(f"toxicity model {settings.model!r} does not open: {reason}") from error
+        raise SourceError(f"toxicity model {settings.model!r} does not open: {reason(error)}") from error
     if found["missing_keys"] or model.config.num_labels != 1:
         lacking = f"lacks {min(found['missing_keys'])}" if found["missing_keys"] else "has more outputs"
         raise SourceError(
