@@ -557,7 +557,7 @@ def test_a_missing_file_says_where_it_was_looked_for(tmp_path, monkeypatch):
         (b"- 1\n- 2\n", "expected keys and values, found list"),
         (b"size: nano\nmodel: 5\n", "model: expected keys and values"),
         (b"size: nano\nmodel:\n", "model: expected keys and values"),
-        (b"size: nano\n", "tokenizer: missing (in "),
+        (b"size: mine\n", "tokenizer: missing (in "),
     ],
 )
 def test_a_file_that_is_no_parameter_file_is_refused(tmp_path, content, part):

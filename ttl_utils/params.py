@@ -120,14 +120,13 @@ def load_params(given: Mapping[str, Any]) -> Params:
         close = difflib.get_close_matches(overrides["size"], sizes(), 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ParameterError(f"size: there is no size {overrides['size']!r}.{hint} Sizes: {', '.join(sizes())}")
-    original = read_file(file)
+    original, origins = _on_its_size(read_file(file), file)
     values = copy.deepcopy(original)
     if "size" in overrides and overrides["size"] != values.get("size"):
         raise ParameterError(
             f"size: {overrides['size']!r} was asked for, but file {file!r} is of size {values.get('size')!r}: "
             f"set size to {values.get('size')!r} too, or leave file out"
         )
-    origins = dict.fromkeys((key for key, _ in leaves(values)), file)
     notes = _foreign_copy(values, overrides, file)
     for name, value in overrides.items():
         if name in SECTIONS:
@@ -145,6 +144,19 @@ def load_params(given: Mapping[str, Any]) -> Params:
         raise ParameterError(_explain(error, file, origins)) from None
     # a key that stands nowhere has the schema's value
     return Params(found, {key: origins.get(key, "default") for key, _ in leaves(found.model_dump())}, notes)
+
+
+def _on_its_size(values: dict, file: str) -> tuple[dict, dict[str, str]]:
+    """A file's values, those of its size for what it leaves out, and where each stands.
+
+    A file with all sections stands alone: what it does not name is missing, or off, and not the size's.
+    """
+    origins = {key: file for key, _ in leaves(values)}
+    size = values.get("size")
+    if size not in sizes() or all(name in values for name in SECTIONS):
+        return values, origins
+    below = read_file(str(bundled("params") / f"{size}.yaml")) | {"file": file}
+    return _merged(below, values), {key: f"params/{size}.yaml" for key, _ in leaves(below)} | origins
 
 
 def _merged(old: Mapping, new: Mapping) -> dict:
