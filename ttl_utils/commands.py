@@ -123,7 +123,7 @@ def show_verdict(arguments: argparse.Namespace) -> None:
 
 
 def redraw_figures(arguments: argparse.Namespace) -> None:
-    from ttl_utils.figures import redraw_command
+    from ttl_utils.redraw import redraw_command
 
     redraw_command(arguments.run, arguments.language, arguments.width)
 

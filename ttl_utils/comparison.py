@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ttl_utils.errors import TTLError
-from ttl_utils.figures import GREY, OURS, PAPER, PAPER_2, save_in, subplots, thousands
-from ttl_utils.figures_pretraining import PAPER_STEPS, WINDOW, scale_loss, smoothing_window
+from ttl_utils.figures import draw_in
+from ttl_utils.figures_pretraining import smoothing_window
 from ttl_utils.files import read_json, write_text
 from ttl_utils.health import Finding
 from ttl_utils.progress import clock
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEEDS = {"seed", "pretraining.seed"}
-COLOURS = (OURS, PAPER, PAPER_2, "#6a51a3", "#4b8b5a", "#c51b7d", "#01665e", GREY)
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,7 @@ def compare(names: Sequence[str], folder: Path | None = None) -> Comparison:
     parameters = _differing(runs)
     table, notes = _table(settings), _notes(runs, settings)
     place = folder / "comparisons" / _folder_name([run.name for run in runs])
-    figure, curves = _draw(settings)
-    save_in(place, figure, "curves", curves)
+    figure = draw_in(place / "figures", "curves", _curves(settings))
     write_text(place / "comparison.csv", _with_runs(table, settings, parameters).to_csv(index=False))
     return Comparison(parameters, table, notes, {run.name: run.findings for run in runs}, figure, place)
 
@@ -147,8 +144,7 @@ def _label(setting: list[Trained], settings: list[list[Trained]]) -> str:
     told = [key for key in _differing([one[0] for one in settings]).columns[1:] if key not in SEEDS]
     values = setting[0].free | setting[0].parameters
     text = ", ".join(f"{key.rpartition('.')[2]}={values.get(key)}" for key in told)
-    text = text if 0 < len(text) <= 60 else f"{setting[0].name} and others"
-    return f"{text} ({len(setting)} seeds)"
+    return text if 0 < len(text) <= 60 else f"{setting[0].name} and others"
 
 
 def _counted(setting: list[Trained]) -> tuple[list[Trained], int | None]:
@@ -171,7 +167,8 @@ def _table(settings: list[list[Trained]]) -> pd.DataFrame:
     for setting in settings:
         counted, until = _counted(setting)
         found = pd.DataFrame([run.results(until) for run in counted], columns=COLUMNS).astype(float)
-        row = {"setting": _label(setting, settings), "n": len(counted), "state": _state(setting)}
+        seeds = "" if len(setting) == 1 else f" ({len(setting)} seeds)"
+        row = {"setting": _label(setting, settings) + seeds, "n": len(counted), "state": _state(setting)}
         for name in COLUMNS:
             row[name] = found[name].mean()
             if name in LOSSES:
@@ -222,62 +219,31 @@ def _grouped(names: dict[str, Any]) -> str:
     return " | ".join(", ".join(name for name in names if names[name] == value) for value in values)
 
 
-# the figure and the terminal
+# what the figure shows, and the terminal
 
 
-def _draw(settings: list[list[Trained]]) -> tuple[Figure, pd.DataFrame]:
+def _curves(settings: list[list[Trained]]) -> pd.DataFrame:
+    """What `figures_runs` draws: each run's curve, and what is told of its setting."""
     runs = [run for setting in settings for run in setting]
     # where tokens are not of one kind, the measure that is not per token
     by_bytes = len({run.identity.get(TOKENIZER) for run in runs}) > 1
-    measure, name, unit = "validation_loss", "Validation loss", "nats per token"
-    if by_bytes and all(run.curve.bits_per_byte.notna().any() for run in runs):
-        measure, name, unit = "bits_per_byte", "Validation", "bits per byte"
-    figure, panels = subplots(2, height=3.6 + 0.2 * len(settings))
-    for column, axes in zip(("smoothed", measure), panels, strict=True):
-        styles = cycle((line, colour) for line in ("-", "--", ":") for colour in COLOURS)
-        for setting, (line, colour) in zip(settings, styles, strict=False):
-            state = _state(setting)
-            label = _label(setting, settings) + ("" if state == "finished" else f": {state}")
-            tokens, mean, deviation = _mean_curve(setting, column)
-            marker = "o" if column == measure else ""
-            axes.plot(tokens, mean, line, color=colour, lw=1.4, marker=marker, ms=3.5, label=label)
-            if len(setting) > 1:
-                axes.fill_between(tokens, mean - deviation, mean + deviation, color=colour, alpha=0.2, lw=0)
-        curves = [values for run in runs if len(values := run.curve[column].dropna())]
-        if curves:
-            scale_loss(axes, max(values.iloc[0] for values in curves), max(values.max() for values in curves))
-        axes.set(xlabel="tokens seen")
-        axes.xaxis.set_major_formatter(thousands)
-    panels[0].set(title=f"Training loss, {_smoothing(runs)}", ylabel="nats per token")
-    bands = "; bands: ± deviation over seeds" if len(runs) > len(settings) else ""
-    panels[1].set(title=name + bands, ylabel=unit)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    by_bytes = by_bytes and all(run.curve.bits_per_byte.notna().any() for run in runs)
+    columns = ["run", "setting", "seeds", "state", "counted", "measure", "window", "step", "tokens"]
+    columns += ["loss", "smoothed", "validation_loss", "bits_per_byte"]
     parts = [
-        run.curve.assign(run=run.name, setting=_label(setting, settings)) for setting in settings for run in setting
+        run.curve.assign(
+            run=run.name,
+            setting=_label(setting, settings),
+            seeds=len(setting),
+            state=_state(setting),
+            counted=any(run is one for one in _counted(setting)[0]),
+            measure="bits_per_byte" if by_bytes else "validation_loss",
+            window=smoothing_window(run.max_steps),
+        )
+        for setting in settings
+        for run in setting
     ]
-    columns = ["run", "setting", "step", "tokens", "loss", "smoothed", "validation_loss", "bits_per_byte"]
-    return figure, pd.concat(parts)[columns].astype({"step": int, "tokens": int})
-
-
-def _mean_curve(setting: list[Trained], column: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokens, mean and sample deviation over the seeds that count, as far as all of them have come.
-
-    Without the evaluation before the first step: it is the same for all, and would hide what is not.
-    """
-    curves = [run.curve[run.curve.tokens > 0].dropna(subset=column) for run in _counted(setting)[0]]
-    if not all(map(len, curves)):
-        return (np.array([]),) * 3
-    first, last = max(curve.tokens.min() for curve in curves), min(curve.tokens.max() for curve in curves)
-    tokens = curves[0].tokens[curves[0].tokens.between(first, last)].to_numpy()
-    values = np.stack([np.interp(tokens, curve.tokens, curve[column]) for curve in curves])
-    return tokens, values.mean(0), values.std(0, ddof=1) if len(curves) > 1 else np.zeros(len(tokens))
-
-
-def _smoothing(runs: list[Trained]) -> str:
-    windows = {smoothing_window(run.max_steps) for run in runs}
-    if len(windows) == 1:
-        return f"centred mean over {windows.pop():,} steps"
-    return f"centred mean over {WINDOW / PAPER_STEPS:.0%} of the steps"
+    return pd.concat(parts).reindex(columns=columns).astype({"step": int, "tokens": int})
 
 
 def _folder_name(names: list[str]) -> str:

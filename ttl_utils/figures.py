@@ -1,17 +1,27 @@
-"""One style for every figure; each is saved with the data behind it."""
+"""One style for every figure; each is drawn from a table that is saved beside it, and can be drawn anew from it."""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
+import math
+import re
+import textwrap
+from contextvars import ContextVar
+from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, ScalarFormatter
 
-from ttl_utils import paper
+from ttl_utils.errors import TTLError
+from ttl_utils.files import write_bytes, write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
@@ -19,7 +29,13 @@ if TYPE_CHECKING:
 
     from ttl_utils.run import Run
 
-OURS, LIGHT, PAPER, PAPER_2, GREY = "#1f5fa8", "#8fb8de", "#c8553d", "#e0a458", "#8a8a8a"
+# apart for every kind of colour vision (Okabe and Ito 2008, some darker); lines also differ in stroke and marker
+OURS, LIGHT, PAPER, PAPER_2, GREY = "#0b5fa5", "#8fc1e8", "#c94a00", "#e69f00", "#7f7f7f"
+COLOURS = (OURS, PAPER, "#00795a", PAPER_2, "#9a4f88", "#56b4e9", "#333333", GREY)
+LINES = [
+    {"color": colour, "ls": stroke, "marker": marker}
+    for stroke, marker, colour in zip(["-", "--", "-.", ":"] * 2, "osD^vPX*", COLOURS, strict=True)
+]
 STYLE = {
     "figure.figsize": (7.2, 3.4),
     "figure.dpi": 110,
@@ -36,20 +52,121 @@ STYLE = {
     "ytick.labelsize": 8.5,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4,
     "svg.fonttype": "none",
+    # the same figure is the same file
+    "svg.hashsalt": "ttl",
+    "pdf.fonttype": 42,
 }
 plt.rcParams.update(STYLE)
+SMALL = {
+    "font.size": 7,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3,
+    "axes.linewidth": 0.6,
+    "hatch.linewidth": 0.6,
+}
+# in cm: a column and a page of a journal
+WIDTHS = {"column": 8.6, "page": 17.8}
+UNITS = {"en": {1e9: "B", 1e6: "M", 1e3: "k"}, "pt": {1e9: " bi", 1e6: " mi", 1e3: " mil"}}
+_LANGUAGE: ContextVar[str] = ContextVar("language", default="en")
+_WIDTH: ContextVar[str] = ContextVar("width", default="notebook")
 # a figure's name -> what draws it from its saved data
 DRAWN: dict[str, Callable[[pd.DataFrame], Figure]] = {}
 
 
+@contextlib.contextmanager
+def style_of(language: str = "en", width: str = "notebook") -> Iterator[None]:
+    """Figures drawn inside are in this language (en, pt) and of this width (notebook, column, page)."""
+    tokens = _LANGUAGE.set(language), _WIDTH.set(width)
+    try:
+        with plt.rc_context({} if width == "notebook" else SMALL):
+            yield
+    finally:
+        _LANGUAGE.reset(tokens[0])
+        _WIDTH.reset(tokens[1])
+
+
+# text and numbers
+
+
+@cache
+def _portuguese() -> dict[str, str]:
+    with files("ttl_utils").joinpath("labels_pt.csv").open(encoding="utf-8") as file:
+        return {row["english"]: row["portuguese"] for row in csv.DictReader(file)}
+
+
+def label(text: str, *values: str) -> str:
+    """The text in the language of the figures; each `{}` in it takes a value.
+
+    Raises:
+        TTLError: there is no Portuguese for it.
+    """
+    if _LANGUAGE.get() == "pt":
+        if text not in _portuguese():
+            raise TTLError(f"no Portuguese for {text!r}: add a row to ttl_utils/labels_pt.csv")
+        text = _portuguese()[text]
+    return text.format(*values) if values else text
+
+
+def label_of_data(text: str) -> str:
+    """The same for words of the data, such as 'duplicate 5-grams': their numbers are values."""
+    found = re.findall(r"\d[\d,]*", text)
+    return label(re.sub(r"\d[\d,]*", "{}", text), *(number(int(digits.replace(",", "")), ",") for digits in found))
+
+
+def number(value: float, form: str = "g") -> str:
+    """A number with the language's decimal sign."""
+    text = format(value, form)
+    return text if _LANGUAGE.get() == "en" else text.translate(str.maketrans(",.", ".,"))
+
+
 @FuncFormatter
 def thousands(value: float, _: int) -> str:
-    """Tick labels such as 200k, 1.5M and 10B."""
-    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    """Tick labels such as 200k, 1.5M and 10B; in Portuguese 200 mil, 1,5 mi, 10 bi."""
+    for unit, name in UNITS[_LANGUAGE.get()].items():
         if abs(value) >= unit:
-            return f"{value / unit:g}{name}"
-    return f"{value:g}"
+            return number(value / unit) + name
+    return number(value)
+
+
+@FuncFormatter
+def whole(value: float, _: int) -> str:
+    return number(value, ",.0f")
+
+
+@FuncFormatter
+def percent(value: float, _: int) -> str:
+    return f"{number(100 * value)}%"
+
+
+class _DecimalComma(ScalarFormatter):
+    def __call__(self, value: float, place: int | None = None) -> str:
+        return super().__call__(value, place).replace(".", ",")
+
+
+# drawing
+
+
+def subplots(count: int = 1, height: float = 3.4, beside: int = 2) -> tuple[Figure, Any]:
+    """A panel, or a list of them, `beside` in a row where the width allows; `height` of a row in a notebook, inches."""
+    width, beside = _WIDTH.get(), min(count, beside)
+    inches = 7.2 if count == 1 else 9.6
+    if width != "notebook":
+        inches, height = WIDTHS[width] / 2.54, 0.72 * height
+    if width == "column" and beside > 1:
+        beside -= 1
+    rows = math.ceil(count / beside)
+    figure, grid = plt.subplots(rows, beside, figsize=(inches, height * rows), squeeze=False)
+    for axes in grid.flat[count:]:
+        axes.remove()
+    return figure, grid[0, 0] if count == 1 else list(grid.flat[:count])
 
 
 def log_scale(axes: Axes) -> None:
@@ -62,12 +179,62 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(thousands)
 
 
-def subplots(columns: int = 1, width: float | None = None, height: float = 3.4) -> tuple[Figure, Any]:
-    return plt.subplots(1, columns, figsize=(width or (7.2 if columns == 1 else 9.6), height))
+def small() -> float:
+    """Points of the smallest text, as beside bars."""
+    return plt.rcParams["xtick.labelsize"]
+
+
+def bar_labels(axes: Axes, bars: Any, labels: str | Sequence[str]) -> None:
+    """The bars' values, in the form such as '.1f', or these labels."""
+    if isinstance(labels, str):
+        labels = ["" if pd.isna(value) else number(value, labels) for value in bars.datavalues]
+    axes.bar_label(bars, labels, padding=3, fontsize=small())
+
+
+def wrapped(name: str) -> str:
+    """A name beside an axis, in lines where the figure is narrow."""
+    return textwrap.fill(name, 20, break_on_hyphens=True) if _WIDTH.get() == "column" else name
+
+
+def legend_below(figure: Figure, columns: int = 3, **what: Any) -> None:
+    """A legend below the panels, of as many columns as fit."""
+    for fewer in range(columns, 0, -1):
+        legend = figure.legend(loc="outside lower center", ncols=fewer, **what)
+        if fewer == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+    count = len(legend.get_texts())
+    # the panels keep their height
+    lines = math.ceil(count / fewer) - math.ceil(count / columns)
+    figure.set_figheight(figure.get_figheight() + lines * 1.4 * plt.rcParams["legend.fontsize"] / 72)
+
+
+def _finish(figure: Figure) -> None:
+    """Decimal commas on plain axes, and lines in titles and labels that are longer than their panel."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if _LANGUAGE.get() == "pt" and type(axis.get_major_formatter()) is ScalarFormatter:
+                axis.set_major_formatter(_DecimalComma())
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        place = axes.get_subplotspec()
+        columns = place.get_gridspec().ncols
+        left, right = (figure.bbox.width * edge / columns for edge in (place.colspan.start, place.colspan.stop))
+        middle = (axes.bbox.x0 + axes.bbox.x1) / 2
+        for text, room in (
+            (axes._left_title, right - axes.bbox.x0),
+            (axes.xaxis.label, 2 * min(middle - left, right - middle)),
+        ):
+            long = text.get_window_extent().width
+            if long > room:
+                text.set_text(textwrap.fill(text.get_text(), int(len(text.get_text()) * room / long)))
+
+
+# saving, and drawing anew
 
 
 def draws(name: str) -> Callable:
-    """Says that a function of the saved data draws the figure `name`: it can then be drawn anew from its file alone."""
+    """Says that a function of the saved data draws the figure `name`; its module is named `figures` or `figures_…`."""
 
     def known(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
         DRAWN[name] = draw
@@ -77,59 +244,39 @@ def draws(name: str) -> Callable:
 
 
 def draw(run: Run, name: str, data: pd.DataFrame) -> Figure:
-    """Draw the figure from its data, save both, and return it for the notebook to show."""
-    return save_in(run.figures, DRAWN[name](data), name, data)
+    """Draw the figure, save it as PNG, SVG and PDF with its data as CSV, and return it for the notebook to show."""
+    return draw_in(run.figures, name, data)
 
 
-def label(text: str) -> str:
-    """The text in the language of the figures."""
-    return text
-
-
-def save(figure: Figure, run: Run, name: str, data: pd.DataFrame) -> Figure:
-    """Write `figures/<name>.png`, `.svg` and the data as `.csv`, and return the figure for the notebook to show."""
-    return save_in(run.figures, figure, name, data)
-
-
-def save_in(folder: Path, figure: Figure, name: str, data: pd.DataFrame) -> Figure:
-    folder.mkdir(parents=True, exist_ok=True)
-    # no date: the same figure is the same file
-    for kind, date in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
-        figure.savefig(folder / f"{name}.{kind}", dpi=150, metadata=date)
-    data.to_csv(folder / f"{name}.csv", index=False)
-    # closed, so that the notebook shows what the cell returns and not a second copy
-    plt.close(figure)
+def draw_in(folder: Path, name: str, data: pd.DataFrame) -> Figure:
+    """The same in any folder. What is drawn is what the CSV holds, types and rounding included."""
+    text = data.to_csv(index=False, lineterminator="\n")
+    figure, pictures = drawn(name, read_table(text))
+    for kind, content in pictures.items():
+        write_bytes(folder / f"{name}.{kind}", content)
+    write_text(folder / f"{name}.csv", text)
     return figure
 
 
-def bar_labels(axes: Axes, bars: Any, form: str) -> None:
-    axes.bar_label(bars, fmt=form, padding=3, fontsize=8)
+def drawn(name: str, data: pd.DataFrame) -> tuple[Figure, dict[str, bytes]]:
+    """The figure, and its files by their ending."""
+    pictures = {}
+    try:
+        figure = DRAWN[name](data)
+        _finish(figure)
+        # no date: the same figure is the same file
+        for kind, date in (("png", {}), ("svg", {"Date": None}), ("pdf", {"CreationDate": None})):
+            file = io.BytesIO()
+            figure.savefig(file, format=kind, dpi=150 if _WIDTH.get() == "notebook" else 300, metadata=date)
+            pictures[kind] = file.getvalue()
+            # its place was found in the first pass
+            figure.set_layout_engine("none")
+    finally:
+        # closed, so that the notebook shows what the cell returns and not a second copy
+        plt.close("all")
+    return figure, pictures
 
 
-def energy_by_stage(run: Run, totals: pd.DataFrame) -> Figure:
-    figure, axes = subplots(height=0.8 + 0.45 * len(totals))
-    left = pd.Series(0.0, index=totals.index)
-    for part, colour in (("cpu", OURS), ("gpu", PAPER), ("ram", LIGHT)):
-        values = totals[f"{part}_kwh"] * 1000
-        axes.barh(totals.stage, values, left=left, color=colour, label=part.upper())
-        left += values
-    axes.invert_yaxis()
-    axes.set(title="Energy by stage", xlabel="energy (Wh)")
-    figure.legend(loc="outside lower center", ncols=3)
-    return save(figure, run, "06_energy", totals)
-
-
-def perplexity_against_energy(run: Run, rows: pd.DataFrame) -> Figure:
-    """Our checkpoints, and the paper's (table 6 and the 160m's log), each at its own scale."""
-    figure, (left, right) = subplots(2)
-    left.plot(rows.energy_kwh * 1000, rows.perplexity, "o-", color=OURS, ms=4)
-    left.set(title=f"Ours ({run.name})", xlabel="energy (Wh)", ylabel="perplexity (log scale)")
-    log_scale(left)
-    logged = paper.table("evaluation_log")
-    for size, colour in (("160m", PAPER_2), ("460m", PAPER)):
-        points = logged[logged["size"] == size]
-        right.plot(points.energy_kwh, points.perplexity, "o-", color=colour, ms=4, label=size)
-    right.set(title="Published (table 6, logs; another vocabulary)", xlabel="energy (kWh)")
-    log_scale(right)
-    right.legend()
-    return save(figure, run, "06_perplexity_energy", rows)
+def read_table(text: str) -> pd.DataFrame:
+    """The data of a CSV file; no word is taken for a missing value."""
+    return pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-from ttl_utils.figures import GREY, LIGHT, OURS, PAPER, PAPER_2, save, subplots
+from ttl_utils.figures import (
+    LIGHT,
+    LINES,
+    OURS,
+    PAPER,
+    PAPER_2,
+    bar_labels,
+    draw,
+    draws,
+    label,
+    label_of_data,
+    legend_below,
+    number,
+    percent,
+    subplots,
+    thousands,
+    whole,
+    wrapped,
+)
 from ttl_utils.tokenizer_comparison import MEASURED, PUBLISHED, TABLE_1_WORDS
 
 if TYPE_CHECKING:
@@ -26,7 +44,6 @@ FOUND = {
     "toxic": PAPER,
 }
 MOST_RULES = 4
-LINES = (OURS, PAPER, PAPER_2, "#6a51a3", "#4b8b5a", GREY)
 
 
 def flow_table(sources: list[dict]) -> pd.DataFrame:
@@ -45,6 +62,11 @@ def flow_table(sources: list[dict]) -> pd.DataFrame:
 
 
 def flow(run: Run, table: pd.DataFrame) -> Figure:
+    return draw(run, "01_flow", table)
+
+
+@draws("01_flow")
+def _flow(table: pd.DataFrame) -> Figure:
     """Where each source's documents go, as shares of those read.
 
     `table`: source, step, documents (or characters); a step is a reason of rejection, `training` or `held out`. The
@@ -61,83 +83,116 @@ def flow(run: Run, table: pd.DataFrame) -> Figure:
     parts |= {name: wide[name] for name in (*FOUND, *KEPT) if name in wide}
     total = wide.sum(axis=1)
     figure, axes = subplots(height=1.5 + 0.42 * len(wide))
-    names = [f"{source}\n{count:,.0f}" for source, count in total.items()]
+    names = [f"{wrapped(source)}\n{number(count, ',.0f')}" for source, count in total.items()]
     left = np.zeros(len(wide))
     for name, values in parts.items():
         share = (values / total.where(total > 0, 1)).to_numpy()
-        axes.barh(names, share, left=left, color=colours[name], label=name, height=0.7)
+        axes.barh(names, share, left=left, color=colours[name], label=label_of_data(name), height=0.7)
         left += share
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set(title=f"Where each source's {unit} go", xlabel=f"share of the {unit} read", xlim=(0, 1))
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(loc="outside lower center", ncols=3)
-    return save(figure, run, "01_flow", table)
+    axes.set(title=label(f"Where each source's {unit} go"), xlabel=label(f"share of the {unit} read"), xlim=(0, 1))
+    axes.xaxis.set_major_formatter(percent)
+    legend_below(figure)
+    return figure
 
 
 def lengths(run: Run, table: pd.DataFrame) -> Figure:
+    return draw(run, "01_lengths", table)
+
+
+@draws("01_lengths")
+def _lengths(table: pd.DataFrame) -> Figure:
     """Words per document by kind of text, each kind's bins adding up to one.
 
     `table`: kind, words_from, words_to (excluded; none in an open last bin), documents; bins grow by equal factors.
     """
     figure, axes = subplots()
-    for (kind, rows), colour in zip(table.groupby("kind", sort=False), (OURS, PAPER_2), strict=False):
+    for (kind, rows), colour, hatch in zip(
+        table.groupby("kind", sort=False), (OURS, PAPER_2), ("", "//"), strict=False
+    ):
         first = rows.words_from.clip(lower=0.5).astype(float)
         last = rows.words_to.astype(float).fillna(first * 10**0.25)
         total = rows.documents.sum()
-        label = f"{kind}: {total:,} documents"
-        share = rows.documents / total
-        axes.bar(first, share, last - first, align="edge", color=colour, alpha=0.6, label=label, edgecolor="white")
+        look = {"color": colour, "alpha": 0.6, "hatch": hatch, "edgecolor": "white"}
+        name = label("{}: {} documents", label(kind), number(total, ","))
+        axes.bar(first, rows.documents / total, last - first, align="edge", label=name, **look)
     axes.set(
-        title="Length of documents", xlabel="words per document (log scale)", ylabel="share of the kind", xscale="log"
+        title=label("Length of documents"),
+        xlabel=label("words per document (log scale)"),
+        ylabel=label("share of the kind"),
+        xscale="log",
     )
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_formatter(whole)
+    axes.yaxis.set_major_formatter(percent)
     axes.legend()
-    return save(figure, run, "01_lengths", table)
+    return figure
 
 
 def toxicity(run: Run, table: pd.DataFrame) -> Figure:
-    """Share of each source that a threshold rejects; the one of `data.toxicity` is marked.
+    chosen = run.params.data.toxicity
+    return draw(run, "01_toxicity", table.assign(chosen=chosen.threshold if chosen else np.nan))
 
-    `table`: source, threshold, share.
+
+@draws("01_toxicity")
+def _toxicity(table: pd.DataFrame) -> Figure:
+    """Share of each source that a threshold rejects; the chosen one, that of `data.toxicity`, is marked.
+
+    `table`: source, threshold, share, chosen.
     """
     figure, axes = subplots()
-    styles = [(colour, line) for line in ("-", "--", ":") for colour in LINES]
-    for (source, rows), (colour, line) in zip(table.groupby("source", sort=False), styles, strict=False):
+    for (source, rows), style in zip(table.groupby("source", sort=False), cycle(LINES)):
         rows = rows.sort_values("threshold")
-        axes.plot(rows.threshold, rows.share, line, marker="o", ms=3, lw=1.4, color=colour, label=source)
-    chosen = run.params.data.toxicity
-    if chosen:
-        axes.axvline(chosen.threshold, color="black", lw=1, ls=(0, (4, 3)), label=f"chosen: {chosen.threshold:g}")
-    axes.set(title="Toxicity: what a threshold rejects", xlabel="threshold", ylabel="share rejected", ylim=(0, None))
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(loc="outside right upper")
-    return save(figure, run, "01_toxicity", table)
+        axes.plot(rows.threshold, rows.share, label=str(source), **style)
+    chosen = table.chosen.iloc[0]
+    if chosen == chosen:
+        axes.axvline(chosen, color="black", lw=1, ls=(0, (4, 3)), label=label("chosen: {}", number(chosen)))
+    axes.set(
+        title=label("Toxicity: what a threshold rejects"),
+        xlabel=label("threshold"),
+        ylabel=label("share rejected"),
+        ylim=(0, None),
+    )
+    axes.yaxis.set_major_formatter(percent)
+    legend_below(figure, 4)
+    return figure
 
 
 def minhash_curve(run: Run, table: pd.DataFrame, threshold: float) -> Figure:
+    """`threshold`: where half of the pairs are found."""
+    return draw(run, "01_minhash", table.assign(half_found_at=threshold))
+
+
+@draws("01_minhash")
+def _minhash(table: pd.DataFrame) -> Figure:
     """Probability that two texts are found to be near copies over the share of word n-grams in common.
 
-    `table`: similarity, probability, and `found` where it was measured; `threshold`: where half of the pairs are found.
+    `table`: similarity, probability, half_found_at, and `found` where it was measured.
     """
     figure, axes = subplots(height=3.0)
-    axes.plot(table.similarity, table.probability, color=OURS, lw=1.6, label="expected")
+    axes.plot(table.similarity, table.probability, color=OURS, label=label("expected"))
     if "found" in table:
-        axes.plot(table.similarity, table.found, "o", color=PAPER, ms=4, label="measured")
-    axes.axvline(threshold, color="black", lw=1, ls=(0, (4, 3)), label=f"half of the pairs: {threshold:.2f}")
+        axes.plot(table.similarity, table.found, "o", color=PAPER, label=label("measured"))
+    threshold = table.half_found_at.iloc[0]
+    name = label("half of the pairs: {}", number(threshold, ".2f"))
+    axes.axvline(threshold, color="black", lw=1, ls=(0, (4, 3)), label=name)
     axes.set(
-        title="Near duplicates: which pairs are found",
-        xlabel="Jaccard similarity of the texts' word n-grams",
-        ylabel="probability of being found",
+        title=label("Near duplicates: which pairs are found"),
+        xlabel=label("Jaccard similarity of the texts' word n-grams"),
+        ylabel=label("probability of being found"),
         xlim=(0, 1),
         ylim=(-0.02, 1.02),
     )
     axes.legend(loc="upper left")
-    return save(figure, run, "01_minhash", table)
+    return figure
 
 
 def efficiency(run: Run, table: pd.DataFrame) -> Figure:
+    return draw(run, "02_efficiency", table)
+
+
+@draws("02_efficiency")
+def _efficiency(table: pd.DataFrame) -> Figure:
     """Tokens for 7,400 words by tokenizer; published figures, which are of another text, are hatched.
 
     `table`: tokenizer_comparison.efficiency_table.
@@ -148,34 +203,43 @@ def efficiency(run: Run, table: pd.DataFrame) -> Figure:
     # the table's first row is ours
     mine = (rows.text == MEASURED) & (rows.tokenizer == table.tokenizer.iloc[0])
     colours = np.select([mine, rows.text == PUBLISHED], [OURS, "white"], LIGHT)
-    names = [_short(name) for name in rows.tokenizer]
     bars = axes.barh(range(len(rows)), tokens, color=colours, height=0.7)
     for bar, text in zip(bars, rows.text, strict=True):
         if text == PUBLISHED:
             bar.set(edgecolor=PAPER, hatch="////", linewidth=0.8)
-    labels = [f"{count:,.0f} ({size / 1000:,.1f}k pieces)" for count, size in zip(tokens, rows.vocab_size, strict=True)]
-    axes.bar_label(bars, labels, padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), names)
+    pieces = [
+        label("{} ({} pieces)", number(count, ",.0f"), thousands(size, 0))
+        for count, size in zip(tokens, rows.vocab_size, strict=True)
+    ]
+    bar_labels(axes, bars, pieces)
+    axes.set_yticks(range(len(rows)), [wrapped(_short(name)) for name in rows.tokenizer])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.3)
     counted = int(rows.words.iloc[0])
-    scaled = "" if counted == TABLE_1_WORDS else f", scaled from {counted:,}"
-    axes.set(
-        title=f"Tokens for {TABLE_1_WORDS:,} words (measured on our held-out text{scaled})",
-        xlabel="tokens (fewer is better)",
-    )
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    shown = [Patch(color=OURS, label="ours, measured here")]
+    words = number(TABLE_1_WORDS, ",")
+    title = label("Tokens for {} words (measured on our held-out text)", words)
+    if counted != TABLE_1_WORDS:
+        scaled = number(counted, ",")
+        title = label("Tokens for {} words (measured on our held-out text, scaled from {})", words, scaled)
+    axes.set(title=title, xlabel=label("tokens (fewer is better)"))
+    axes.xaxis.set_major_formatter(thousands)
+    shown = [Patch(color=OURS, label=label("ours, measured here"))]
     if (rows.text == MEASURED).sum() > 1:
-        shown.append(Patch(color=LIGHT, label="others, same words"))
+        shown.append(Patch(color=LIGHT, label=label("others, same words")))
     if (rows.text == PUBLISHED).any():
-        shown.append(Patch(facecolor="white", edgecolor=PAPER, hatch="////", label="table 1, another text"))
-    figure.legend(handles=shown, loc="outside lower center", ncols=3)
-    return save(figure, run, "02_efficiency", table)
+        published = label("table 1, another text")
+        shown.append(Patch(facecolor="white", edgecolor=PAPER, hatch="////", label=published))
+    legend_below(figure, handles=shown)
+    return figure
 
 
 def domains(run: Run, table: pd.DataFrame) -> Figure:
+    return draw(run, "02_domains", table)
+
+
+@draws("02_domains")
+def _domains(table: pd.DataFrame) -> Figure:
     """Tokens per word by domain, for our tokenizer and those trained beside it; whiskers are 95% intervals.
 
     `table`: tokenizer_comparison.domain_table.
@@ -185,35 +249,27 @@ def domains(run: Run, table: pd.DataFrame) -> Figure:
     tokenizers = list(dict.fromkeys(rows.tokenizer))
     figure, axes = subplots(height=1.4 + (0.25 + 0.13 * len(tokenizers)) * len(places))
     offsets = (np.arange(len(tokenizers)) - (len(tokenizers) - 1) / 2) * 0.7 / len(tokenizers)
-    for name, offset, colour, marker in zip(tokenizers, offsets, LINES, "DosP^v", strict=False):
+    for name, offset, style in zip(tokenizers, offsets, cycle(LINES), strict=False):
         mine = rows[rows.tokenizer == name]
         value = mine.tokens_per_word.astype(float)
         # one document has no interval
         low, high = (mine[f"tokens_per_word_{side}"].astype(float).fillna(value) for side in ("low", "high"))
-        axes.errorbar(
-            value,
-            mine.domain.map(places) + offset,
-            xerr=np.stack([(value - low).clip(lower=0), (high - value).clip(lower=0)]),
-            fmt=marker,
-            color=colour,
-            ms=5,
-            lw=1.4,
-            capsize=2.5,
-            label=name,
-        )
+        whiskers = np.stack([(value - low).clip(lower=0), (high - value).clip(lower=0)])
+        height = mine.domain.map(places) + offset
+        axes.errorbar(value, height, xerr=whiskers, capsize=2, label=str(name), **style | {"ls": ""})
     documents = rows.groupby("domain", sort=False).documents.first()
-    names = [f"{_short(name)}\n{documents[name]:,.0f} texts" for name in places]
+    names = [f"{wrapped(_short(name))}\n{label('{} texts', number(documents[name], ',.0f'))}" for name in places]
     axes.set_yticks(list(places.values()), names)
     for edge in range(1, len(places)):
         axes.axhline(edge - 0.5, color="#d0d0d0", lw=0.8)
     axes.set_ylim(len(places) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set(
-        title="Tokens per word by domain, at equal vocabulary",
-        xlabel="tokens per word (fewer is better); whiskers: 95% interval over documents",
+        title=label("Tokens per word by domain, at equal vocabulary"),
+        xlabel=label("tokens per word (fewer is better); whiskers: 95% interval over documents"),
     )
-    figure.legend(loc="outside lower center", ncols=len(tokenizers))
-    return save(figure, run, "02_domains", table)
+    legend_below(figure, len(tokenizers))
+    return figure
 
 
 def _short(name: str) -> str:

@@ -2,53 +2,87 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from ttl_utils import paper
-from ttl_utils.figures import LIGHT, OURS, PAPER, bar_labels, log_scale, save, subplots, thousands
+from ttl_utils.figures import (
+    LIGHT,
+    LINES,
+    OURS,
+    PAPER,
+    bar_labels,
+    draw,
+    draws,
+    label,
+    legend_below,
+    log_scale,
+    subplots,
+    thousands,
+    wrapped,
+)
+from ttl_utils.figures_pretraining import TOKENS_PER_STEP
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
     from ttl_utils.run import Run
 
-COLOURS = (OURS, "#1b7837", "#6a51a3", "#b35806", "#01665e", "#c51b7d")
-PAPER_TOKENS_PER_STEP = 8192  # table 3
-
 
 def perplexity(run: Run, rows: list[dict], texts: dict[str, dict]) -> Figure:
     """Perplexity over checkpoints, and the model's bits per byte of each text (a source, or other text)."""
-    known = {name: values["bits_per_byte"] for name, values in texts.items() if "bits_per_byte" in values}
-    bits = pd.Series(known, dtype=float).sort_values()
-    figure, axes = subplots(2 if rows else 1)
-    left, right = axes if rows else (None, axes)
-    table = pd.DataFrame(rows) if rows else bits.rename_axis("text").reset_index(name="bits_per_byte")
+    known = [
+        {"text": name, "bits_per_byte": values["bits_per_byte"]}
+        for name, values in texts.items()
+        if values.get("bits_per_byte") is not None
+    ]
+    table = pd.DataFrame([*rows, *known])
+    return draw(run, "04_perplexity", table.reindex(columns=list(dict.fromkeys([*table, "text", "bits_per_byte"]))))
+
+
+@draws("04_perplexity")
+def _perplexity(data: pd.DataFrame) -> Figure:
+    """`data`: a row for each checkpoint, and for each text, which has a name in `text`."""
+    bits = data[data.text.notna()].sort_values("bits_per_byte")
+    rows = data[data.text.isna()]
+    figure, axes = subplots(2 if len(rows) else 1)
+    left, right = axes if len(rows) else (None, axes)
     if left is not None:
-        left.plot(table.tokens, table.perplexity, "o-", color=OURS, ms=4)
-        left.set(title="Held-out text, every checkpoint", xlabel="tokens seen", ylabel="perplexity (log scale)")
+        left.plot(rows.tokens, rows.perplexity, "o-", color=OURS)
+        title = label("Held-out text, every checkpoint")
+        left.set(title=title, xlabel=label("tokens seen"), ylabel=label("perplexity (log scale)"))
         log_scale(left)
         left.xaxis.set_major_formatter(thousands)
-    bar_labels(right, right.barh(bits.index, bits.values, color=OURS), "%.2f")
-    right.set(title="The model, by text", xlabel="bits per byte (fewer is better)")
-    return save(figure, run, "04_perplexity", table)
+    bars = right.barh([wrapped(str(name)) for name in bits.text], bits.bits_per_byte, color=OURS)
+    bar_labels(right, bars, ".2f")
+    right.set(title=label("The model, by text"), xlabel=label("bits per byte (fewer is better)"))
+    return figure
 
 
 def scores(run: Run, rows: pd.DataFrame) -> Figure:
+    return draw(run, "04_scores", rows)
+
+
+@draws("04_scores")
+def _scores(rows: pd.DataFrame) -> Figure:
     """Each score beside what a constant answer gets; whiskers are one standard error."""
     figure, axes = subplots(height=0.9 + 0.6 * len(rows))
-    places = range(len(rows))
-    bars = axes.barh([p - 0.2 for p in places], rows.score, 0.38, xerr=rows.stderr, color=OURS, label="ours")
-    axes.barh([p + 0.2 for p in places], rows.constant, 0.38, color="#d0d0d0", label="constant answer, else chance")
-    bar_labels(axes, bars, "%.1f")
-    axes.set_yticks(list(places), rows.task)
-    axes.invert_yaxis()
+    both = label("ours"), label("constant answer, else chance")
+    bars = _pairs(axes, rows.task.astype(str), (rows.score, rows.constant), both, "#d0d0d0", rows.stderr)
+    bar_labels(axes, bars, ".1f")
     # a correlation may be negative
     low = min(0.0, float(rows.score.min()) - 5)
-    axes.set(title="Scores beside a constant answer", xlabel="score (%); whiskers: one standard error", xlim=(low, 100))
-    figure.legend(loc="outside lower center", ncols=2)
-    return save(figure, run, "04_scores", rows)
+    axes.set(title=label("Scores beside a constant answer"), xlim=(low, 100))
+    axes.set_xlabel(label("score (%); whiskers: one standard error"))
+    legend_below(figure, 2)
+    return figure
 
 
 def over_checkpoints(run: Run, rows: list[dict]) -> Figure:
@@ -62,35 +96,64 @@ def over_checkpoints(run: Run, rows: list[dict]) -> Figure:
     ]
     # a task without a standard error, or without chance, has NaN there
     table = pd.DataFrame(points, columns=columns).astype({name: float for name in columns[3:]})
+    return draw(run, "04_checkpoints", table)
+
+
+@draws("04_checkpoints")
+def _checkpoints(table: pd.DataFrame) -> Figure:
     figure, axes = subplots()
-    for number, (task, points) in enumerate(table.groupby("task", sort=False)):
-        colour, score, error = COLOURS[number % len(COLOURS)], 100 * points.value, 100 * points.stderr
-        axes.plot(points.tokens, score, "o-", color=colour, ms=4, label=task)
-        axes.fill_between(points.tokens, score - error, score + error, color=colour, alpha=0.15, lw=0)
+    styles = cycle(style for style in LINES if style["color"] != PAPER)
+    for (task, points), style in zip(table.groupby("task", sort=False), styles, strict=False):
+        score, error = 100 * points.value, 100 * points.stderr
+        axes.plot(points.tokens, score, label=str(task), **style)
+        axes.fill_between(points.tokens, score - error, score + error, color=style["color"], alpha=0.15, lw=0)
         chance = points.chance.iloc[-1]
         if chance == chance:
-            axes.axhline(100 * chance, color=colour, lw=1, ls=":", label=f"{task}, chance")
+            axes.axhline(100 * chance, color=style["color"], lw=1, ls=":", label=label("{}, chance", str(task)))
     arc = paper.table("arc_460m")
-    axes.plot(arc.step * PAPER_TOKENS_PER_STEP, arc.arc, "s-", color=PAPER, ms=3, label="ARC, 460m, published")
-    axes.set(title="Scores over training", xlabel="tokens seen (log scale)", ylabel="score (%)", xscale="log")
+    name = label("ARC, 460m, published")
+    axes.plot(arc.step * TOKENS_PER_STEP, arc.arc, "^-", color=PAPER, label=name)
+    axes.set(title=label("Scores over training"), xscale="log")
+    axes.set(xlabel=label("tokens seen (log scale)"), ylabel=label("score (%)"))
     axes.xaxis.set_major_formatter(thousands)
-    axes.legend(fontsize=7.5)
-    return save(figure, run, "04_checkpoints", table)
+    legend_below(figure)
+    return figure
 
 
 def inference(run: Run, rows: list[dict]) -> Figure:
     """Tokens written per second by each way and batch size, beside what the memory's bandwidth would allow."""
     names = ["way", "batch_size", "decode_tokens_per_second", "share_of_limit", "perplexity"]
-    done = pd.DataFrame([row for row in rows if row["status"] == "done"], columns=names)
+    return draw(run, "04_inference", pd.DataFrame([row for row in rows if row["status"] == "done"], columns=names))
+
+
+@draws("04_inference")
+def _inference(done: pd.DataFrame) -> Figure:
     figure, axes = subplots(height=0.9 + 0.6 * len(done))
-    places = range(len(done))
-    bars = axes.barh([p - 0.2 for p in places], done.decode_tokens_per_second, 0.38, color=OURS, label="measured")
     limit = done.decode_tokens_per_second / done.share_of_limit
-    axes.barh([p + 0.2 for p in places], limit, 0.38, color=LIGHT, label="the bandwidth's limit")
-    bar_labels(axes, bars, "%.0f")
-    axes.set_yticks(list(places), [f"{way}, batch {size}" for way, size in zip(done.way, done.batch_size, strict=True)])
-    axes.invert_yaxis()
-    axes.set(title="Writing, token by token", xlabel="tokens per second, all rows together (log scale)", xscale="log")
+    names = [label("{}, batch {}", way, str(size)) for way, size in zip(done.way, done.batch_size, strict=True)]
+    both = label("measured"), label("the bandwidth's limit")
+    bars = _pairs(axes, names, (done.decode_tokens_per_second, limit), both, LIGHT)
+    bar_labels(axes, bars, ",.0f")
+    axes.set(title=label("Writing, token by token"), xscale="log")
+    axes.set_xlabel(label("tokens per second, all rows together (log scale)"))
     axes.xaxis.set_major_formatter(thousands)
-    figure.legend(loc="outside lower center", ncols=2)
-    return save(figure, run, "04_inference", done)
+    legend_below(figure, 2)
+    return figure
+
+
+def _pairs(
+    axes: Axes,
+    names: Iterable[str],
+    values: tuple[pd.Series, pd.Series],
+    labels: tuple[str, str],
+    colour: str,
+    whiskers: pd.Series | None = None,
+) -> BarContainer:
+    """Two bars a row, the first of them ours, which are returned."""
+    names = [wrapped(name) for name in names]
+    places = np.arange(len(names))
+    bars = axes.barh(places - 0.2, values[0], 0.38, xerr=whiskers, color=OURS, label=labels[0])
+    axes.barh(places + 0.2, values[1], 0.38, color=colour, label=labels[1])
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    return bars

@@ -29,8 +29,6 @@ from ttl_utils.schema import Pretraining
 from ttl_utils.trial import NO_MEMORY, OK, UNSUPPORTED, failure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from ttl_utils.run import Run
 
 OWN, POSSIBLE, TOGETHER = "the file's own", "what auto chooses", "what gained, together"
@@ -278,10 +276,12 @@ def claims(table: pd.DataFrame) -> pd.DataFrame:
 
 def search_command(run: Run, steps: int) -> pd.DataFrame:
     """Search, print what was found and what to write, and save the table and its figure as `figures/03_search`."""
+    from ttl_utils import figures_runs
+
     # a row of its own in the ledger: it is no part of the run that it prepares
     with track(run.folder / "energy.jsonl", "03_search", run.params.carbon):
         table = search(run, steps)
-    figure(run, table)
+    figures_runs.search(run, table.assign(claim=table.name.str.contains(f"{SETTING}|{BASELINE}")))
     # a terminal is narrow: what did not run stands below with its reason
     shown = table.loc[table.status == OK, ["name", *MEASURED, *(f"{name}_ratio" for name in CLAIMS)]]
     short = {"tokens_per_second": "tokens/s", "share_of_peak": "of peak", "peak_memory_gib": "GiB"}
@@ -296,24 +296,3 @@ def search_command(run: Run, steps: int) -> pd.DataFrame:
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def figure(run: Run, table: pd.DataFrame) -> Figure:
-    """Tokens per second and memory of each row; the rows of the paper's claim in its colour."""
-    from ttl_utils import figures
-
-    made, (left, right) = figures.subplots(2, height=1.2 + 0.28 * len(table))
-    claim = table.name.str.contains(f"{SETTING}|{BASELINE}")
-    colours = [figures.PAPER if marked else figures.OURS for marked in claim]
-    left.barh(table.index, table.tokens_per_second.fillna(0), color=colours)
-    left.set_yticks(table.index, table.name)
-    for at, status in table.status[table.status != OK].items():
-        left.text(0, at, f" {status}", va="center", fontsize=8, color=figures.GREY)
-    left.set(title="Training (red: the paper's claim)", xlabel="tokens per second")
-    left.xaxis.set_major_formatter(figures.thousands)
-    right.barh(table.index, table.peak_memory_gib.fillna(0), color=colours)
-    right.set_yticks(table.index, [])
-    right.set(title="Memory at most", xlabel="GiB")
-    for axes in (left, right):
-        axes.set_ylim(len(table) - 0.5, -0.5)
-    return figures.save(made, run, "03_search", table)

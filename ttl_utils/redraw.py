@@ -1,0 +1,77 @@
+"""Figures drawn anew from their saved data: in another language, for a column or a page of a paper."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import pkgutil
+from typing import TYPE_CHECKING
+
+import ttl_utils
+from ttl_utils.errors import DamagedFile, TTLError
+from ttl_utils.figures import DRAWN, drawn, read_table, style_of
+from ttl_utils.files import write_bytes
+from ttl_utils.run import outputs_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+
+def read_data(path: Path) -> pd.DataFrame:
+    """The saved data of a figure.
+
+    Raises:
+        DamagedFile: it is no table, or was cut short.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if not text.endswith("\n") or len({len(row) for row in csv.reader(io.StringIO(text), strict=True)}) != 1:
+            raise ValueError("a line of it was cut")
+        return read_table(text)
+    except (ValueError, csv.Error) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy, or make its stage anew") from None
+
+
+def redraw(folder: Path, language: str, width: str) -> list[Path]:
+    """Draw all figures of a folder anew from its CSV files, into `<language>-<width>/` there; all of them or none.
+
+    Raises:
+        TTLError: there is none, one is not known, or one's data are damaged or lack what is drawn.
+    """
+    for module in pkgutil.iter_modules(ttl_utils.__path__, "ttl_utils."):
+        if module.name.startswith("ttl_utils.figures_"):
+            importlib.import_module(module.name)
+    paths = sorted(folder.glob("*.csv"))
+    if not paths:
+        raise TTLError(f"{folder} has no figure's data (*.csv): run the notebooks first")
+    if unknown := [path.name for path in paths if path.stem not in DRAWN]:
+        raise TTLError(
+            f"{folder} holds data of no figure known here: {', '.join(unknown)}. Move them elsewhere, or update ttl"
+        )
+    made = {}
+    with style_of(language, width):
+        for path in paths:
+            data = read_data(path)
+            try:
+                _, pictures = drawn(path.stem, data)
+            except (KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+                raise DamagedFile(
+                    f"{path} does not hold what its figure shows ({type(error).__name__}: {error}): it is damaged, or "
+                    "of another version; restore it from a copy, or make its stage anew"
+                ) from error
+            made |= {folder / f"{language}-{width}" / f"{path.stem}.{kind}": each for kind, each in pictures.items()}
+    for path, content in made.items():
+        write_bytes(path, content)
+    return list(made)
+
+
+def redraw_command(run: str, language: str, width: str) -> None:
+    root = outputs_folder()
+    if not (root / run).is_dir():
+        known = sorted(str(path.parent.relative_to(root)) for path in root.glob("**/figures"))
+        raise TTLError(f"there is no run {run!r} in {root}; figures have: {', '.join(known) or 'none'}")
+    made = redraw(root / run / "figures", language, width)
+    print(f"{len({path.stem for path in made})} figures as PNG, SVG and PDF in {made[0].parent}")
