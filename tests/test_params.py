@@ -569,11 +569,33 @@ def test_a_file_that_is_no_parameter_file_is_refused(tmp_path, content, part):
 
 
 def test_a_file_without_a_key_names_the_key(tmp_path):
-    file = write(tmp_path / "mine.yaml", edited("nano", chat__top_k=None, model__rope_theta=None))
+    file = write(tmp_path / "mine.yaml", edited("nano", chat__top_k=None, model__rope_theta=None, size="mine"))
     assert message({"file": file}).splitlines() == [
         f"model.rope_theta: missing (in {file})",
         f"chat.top_k: missing (in {file})",
     ]
+
+
+def test_a_file_of_a_few_keys_takes_the_others_from_its_size(tmp_path):
+    few = {"size": "nano", "run": "other", "data": {"language": "gl"}, "evaluation": {"generation": None}}
+    path = write(tmp_path / "few.yaml", few)
+    plain = load_params({"size": "nano"}).flat()
+    named = {"size", "run", "file", "data.language"}
+    # as `ttl run few.yaml` gives it, and as papermill injects it from `-f few.yaml`, whether it names itself or not
+    for values in ({"file": path, "size": "nano"}, notebook(**few), notebook(**few, file=path)):
+        params = load_params(values)
+        flat = params.flat()
+        assert params.run_name == "other" and params.data.language == "gl" and params.evaluation.generation is None
+        changed = {key for key in plain if key not in flat or flat[key] != plain[key]} - named
+        assert changed and all(key.startswith("evaluation.generation") for key in changed)
+    params = load_params({"file": path})
+    assert params.origins["data.language"] == path and params.origins["chat.top_k"] == "params/nano.yaml"
+
+
+def test_a_rule_that_a_copys_filter_leaves_out_is_off(tmp_path):
+    values = edited("nano", data__filters__prose__min_words=None)
+    assert load_params({"file": write(tmp_path / "mine.yaml", values)}).data.filters["prose"].min_words == 0
+    assert load_params({"size": "nano"}).data.filters["prose"].min_words > 0
 
 
 @pytest.mark.parametrize("folder", ["notebooks", "elsewhere"])

@@ -147,16 +147,17 @@ def load_params(given: Mapping[str, Any]) -> Params:
 
 
 def _on_its_size(values: dict, file: str) -> tuple[dict, dict[str, str]]:
-    """A file's values, those of its size for what it leaves out, and where each stands.
-
-    A file with all sections stands alone: what it does not name is missing, or off, and not the size's.
-    """
+    """A file's values, those of its size for what it leaves out, and where each stands."""
     origins = {key: file for key, _ in leaves(values)}
     size = values.get("size")
-    if size not in sizes() or all(name in values for name in SECTIONS):
+    if size not in sizes() or file == f"params/{size}.yaml":
         return values, origins
     below = read_file(str(bundled("params") / f"{size}.yaml")) | {"file": file}
-    return _merged(below, values), {key: f"params/{size}.yaml" for key, _ in leaves(below)} | origins
+    merged = _merged(below, values)
+    if filters := (values.get("data") or {}).get("filters"):
+        # a filter is taken as it is: a rule that it does not name is off
+        merged["data"]["filters"] = below["data"]["filters"] | filters
+    return merged, {key: f"params/{size}.yaml" for key, _ in leaves(below)} | origins
 
 
 def _merged(old: Mapping, new: Mapping) -> dict:
