@@ -193,7 +193,7 @@ def bar_labels(axes: Axes, bars: Any, labels: str | Sequence[str]) -> None:
 
 def wrapped(name: str) -> str:
     """A name beside an axis, in lines where the figure is narrow."""
-    return textwrap.fill(name, 20, break_on_hyphens=True) if _WIDTH.get() == "column" else name
+    return textwrap.fill(name, 22, break_long_words=False) if _WIDTH.get() == "column" else name
 
 
 def legend_below(figure: Figure, columns: int = 3, **what: Any) -> None:

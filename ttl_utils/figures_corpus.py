@@ -28,6 +28,8 @@ from ttl_utils.figures import (
     whole,
     wrapped,
 )
+from ttl_utils.filters import REASONS
+from ttl_utils.privacy import KINDS
 from ttl_utils.tokenizer_comparison import MEASURED, PUBLISHED, TABLE_1_WORDS
 
 if TYPE_CHECKING:
@@ -44,6 +46,8 @@ FOUND = {
     "toxic": PAPER,
 }
 MOST_RULES = 4
+# reasons that have a name in the figure; why a row of a file cannot be read is told in too many ways
+NAMED = {*REASONS, "language", "too long", "licence", *(f"personal data ({kind})" for kind in KINDS)}
 
 
 def flow_table(sources: list[dict]) -> pd.DataFrame:
@@ -75,11 +79,12 @@ def _flow(table: pd.DataFrame) -> Figure:
     unit = "documents" if "documents" in table else "characters"
     wide = table.pivot_table(index="source", columns="step", values=unit, aggfunc="sum", sort=False).fillna(0)
     rules = wide.drop(columns=[*KEPT, *FOUND], errors="ignore").sum().sort_values(ascending=False, kind="stable")
-    parts = {name: wide[name] for name in rules.index[:MOST_RULES]}
-    if len(rules) > MOST_RULES:
-        parts["other rules"] = wide[rules.index[MOST_RULES:]].sum(axis=1)
+    named = [name for name in rules.index if name in NAMED][:MOST_RULES]
+    parts = {name: wide[name] for name in named}
+    if len(rules) > len(named):
+        parts["other reasons"] = wide[rules.index.difference(named)].sum(axis=1)
     greys = [str(shade) for shade in np.linspace(0.35, 0.85, max(len(parts), 1))]
-    colours = dict(zip(parts, greys, strict=False)) | FOUND | KEPT
+    colours = dict(zip(parts, greys, strict=True)) | FOUND | KEPT
     parts |= {name: wide[name] for name in (*FOUND, *KEPT) if name in wide}
     total = wide.sum(axis=1)
     figure, axes = subplots(height=1.5 + 0.42 * len(wide))
@@ -87,7 +92,9 @@ def _flow(table: pd.DataFrame) -> Figure:
     left = np.zeros(len(wide))
     for name, values in parts.items():
         share = (values / total.where(total > 0, 1)).to_numpy()
-        axes.barh(names, share, left=left, color=colours[name], label=label_of_data(name), height=0.7)
+        axes.barh(
+            names, share, left=left, color=colours[name], label=label_of_data(name), height=0.7, ec="white", lw=0.3
+        )
         left += share
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
@@ -125,7 +132,7 @@ def _lengths(table: pd.DataFrame) -> Figure:
     )
     axes.xaxis.set_major_formatter(whole)
     axes.yaxis.set_major_formatter(percent)
-    axes.legend()
+    legend_below(figure)
     return figure
 
 
@@ -208,11 +215,11 @@ def _efficiency(table: pd.DataFrame) -> Figure:
         if text == PUBLISHED:
             bar.set(edgecolor=PAPER, hatch="////", linewidth=0.8)
     pieces = [
-        label("{} ({} pieces)", number(count, ",.0f"), thousands(size, 0))
+        label("{} ({} pieces)", number(count, ",.0f"), number(size, ",.0f"))
         for count, size in zip(tokens, rows.vocab_size, strict=True)
     ]
     bar_labels(axes, bars, pieces)
-    axes.set_yticks(range(len(rows)), [wrapped(_short(name)) for name in rows.tokenizer])
+    axes.set_yticks(range(len(rows)), [wrapped(_short(_named(name))) for name in rows.tokenizer])
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.3)
@@ -256,7 +263,7 @@ def _domains(table: pd.DataFrame) -> Figure:
         low, high = (mine[f"tokens_per_word_{side}"].astype(float).fillna(value) for side in ("low", "high"))
         whiskers = np.stack([(value - low).clip(lower=0), (high - value).clip(lower=0)])
         height = mine.domain.map(places) + offset
-        axes.errorbar(value, height, xerr=whiskers, capsize=2, label=str(name), **style | {"ls": ""})
+        axes.errorbar(value, height, xerr=whiskers, capsize=2, label=_named(name), **style | {"ls": ""})
     documents = rows.groupby("domain", sort=False).documents.first()
     names = [f"{wrapped(_short(name))}\n{label('{} texts', number(documents[name], ',.0f'))}" for name in places]
     axes.set_yticks(list(places.values()), names)
@@ -270,6 +277,12 @@ def _domains(table: pd.DataFrame) -> Figure:
     )
     legend_below(figure, len(tokenizers))
     return figure
+
+
+def _named(tokenizer: str) -> str:
+    """The tokenizer's name, where it is ours in the figures' language."""
+    run = tokenizer.removeprefix("ours (")
+    return tokenizer if run == tokenizer else label("ours ({})", run[:-1])
 
 
 def _short(name: str) -> str:

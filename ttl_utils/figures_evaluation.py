@@ -62,6 +62,7 @@ def _perplexity(data: pd.DataFrame) -> Figure:
         left.xaxis.set_major_formatter(thousands)
     bars = right.barh([wrapped(str(name)) for name in bits.text], bits.bits_per_byte, color=OURS)
     bar_labels(right, bars, ".2f")
+    right.margins(x=0.12)
     right.set(title=label("The model, by text"), xlabel=label("bits per byte (fewer is better)"))
     return figure
 
@@ -75,7 +76,9 @@ def _scores(rows: pd.DataFrame) -> Figure:
     """Each score beside what a constant answer gets; whiskers are one standard error."""
     figure, axes = subplots(height=0.9 + 0.6 * len(rows))
     both = label("ours"), label("constant answer, else chance")
-    bars = _pairs(axes, rows.task.astype(str), (rows.score, rows.constant), both, "#d0d0d0", rows.stderr)
+    tuned = ", fine-tuned"
+    names = [label("{}, fine-tuned", task[: -len(tuned)]) if task.endswith(tuned) else task for task in rows.task]
+    bars = _pairs(axes, names, (rows.score, rows.constant), both, "#d0d0d0", rows.stderr)
     bar_labels(axes, bars, ".1f")
     # a correlation may be negative
     low = min(0.0, float(rows.score.min()) - 5)

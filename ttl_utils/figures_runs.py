@@ -93,7 +93,7 @@ def search(run: Run, table: pd.DataFrame) -> Figure:
 @draws("03_search")
 def _search(table: pd.DataFrame) -> Figure:
     """Tokens per second and memory of each row; those of the paper's claim (column `claim`) in its colour, hatched."""
-    figure, panels = subplots(2, height=1.2 + 0.28 * len(table))
+    figure, panels = subplots(2, height=1.2 + 0.34 * len(table))
     places = np.arange(len(table))
     words = label("Training (red: the paper's claim)"), label("Memory at most")
     columns = ("tokens_per_second", label("tokens per second")), ("peak_memory_gib", "GiB")
