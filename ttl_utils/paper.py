@@ -131,13 +131,14 @@ def compare(
         elif name not in published[size]:
             row["verdict"] = "not published"
         else:
-            row["difference"], row["verdict"] = _verdict(float(value), published[size][name])
+            row["difference"], row["verdict"] = judge(float(value), published[size][name])
         rows.append(row | {"note": _note(name, sizes)})
     columns = ["metric", *(["paper"] if comparable else [f"paper {known}" for known in sizes])]
     return pd.DataFrame(rows, columns=[*columns, "ours", "difference", "verdict", "note"])
 
 
-def _verdict(ours: float, figure: Figure) -> tuple[float, str]:
+def judge(ours: float, figure: Figure) -> tuple[float, str]:
+    """The difference in percent of the published value, and the verdict of `compare`."""
     difference = 100 * (ours - figure.value) / figure.value
     # no tolerance: of another text, vocabulary or protocol, whatever the configuration
     if math.isnan(figure.tolerance):

@@ -106,7 +106,11 @@ def against_published(run: Run, metrics: dict[str, Any]) -> pd.DataFrame:
     Of a published size, the verdict counts in standard errors of our score: "reproduced" within two, "close" within
     four, else "differs"; all others are "not comparable". A task that was not run says why in the note.
     """
-    size = comparable_size(run)
+    return of_size(comparable_size(run), metrics)
+
+
+def of_size(size: str | None, metrics: dict[str, Any]) -> pd.DataFrame:
+    """The same for scores of a published size, or of none."""
     rows = []
     for column, task in TABLE_4.items():
         for protocol in ("paper", "leaderboard"):

@@ -24,12 +24,12 @@ _LATEX = str.maketrans(
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 h1, h2, h3 { line-height: 1.2; margin: 2.2rem 0 .6rem } h1 { margin-top: 0 } a { color: #1f5fa8 }
 table { border-collapse: collapse; font-size: .84rem; display: block; overflow-x: auto; margin: 1rem 0 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e2e2e2; vertical-align: top; text-align: left }
 th { border-bottom: 2px solid #888 } td { font-variant-numeric: tabular-nums } img { max-width: 100% }
-code { background: #f3f3f3; padding: 0 .25em } pre { background: #f3f3f3; padding: .6rem; overflow-x: auto }
+code { background: #f3f3f3; padding: 0 .25em; white-space: nowrap } pre { background: #f3f3f3; padding: .6rem; overflow-x: auto }
 blockquote { border-left: 3px solid #bbb; margin-left: 0; padding-left: 1rem; color: #555 }
 """
 

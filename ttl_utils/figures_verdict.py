@@ -1,0 +1,40 @@
+"""The curves of the verdict: ours beside the paper's, at every scale."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from ttl_utils.figures import COLOURS, OURS, PAPER, PAPER_2, draws, label, legend_below, log_scale, subplots, thousands
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+PUBLISHED = {"160m": {"color": PAPER_2, "ls": "--"}, "460m": {"color": PAPER, "ls": "-"}}
+
+
+def _curves(data: pd.DataFrame, measured: str, points: bool) -> Figure:
+    """A line for each `curve` (a published size, or a run) over `tokens`, both axes logarithmic for the loss's sake."""
+    figure, axes = subplots()
+    ours = iter([OURS, *(colour for colour in COLOURS if colour not in (OURS, PAPER, PAPER_2))] * 3)
+    for (kind, name), rows in data.groupby(["kind", "curve"], sort=False):
+        if kind == "published":
+            style, told = PUBLISHED[name], label("{}, published", str(name))
+        else:
+            style, told = {"color": next(ours), "lw": 2.0, "alpha": 0.8}, label("{}, ours", str(name))
+        axes.plot(rows.tokens, rows.value, marker="o" if points else None, label=told, **style)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(thousands)
+    if measured != "ARC, accuracy (%)":
+        log_scale(axes)
+    axes.set(xlabel=label("tokens seen (log scale)"), ylabel=label(measured))
+    legend_below(figure, 4)
+    return figure
+
+
+# by the paper's number
+NAMES = {"Figure 1 (a)": "figure_1a", "Figure 1 (b)": "figure_1b", "Figure 2": "figure_2"}
+draws("figure_1a")(partial(_curves, measured="training loss, smoothed (nats per token)", points=False))
+draws("figure_1b")(partial(_curves, measured="perplexity (log scale)", points=True))
+draws("figure_2")(partial(_curves, measured="ARC, accuracy (%)", points=True))

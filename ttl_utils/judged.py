@@ -1,0 +1,168 @@
+"""A run as its files tell it to the verdict: metrics, curve, and whether its configuration is the paper's."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pydantic import ValidationError
+
+from ttl_utils import hub, paper, score_tables
+from ttl_utils.errors import DamagedFile, TTLError
+from ttl_utils.figures_pretraining import smoothed, smoothing_window
+from ttl_utils.files import read_json
+from ttl_utils.params import leaves, load_params
+from ttl_utils.records import read_records
+from ttl_utils.schema import Data
+
+# what a run of the paper's has in common with our file for that size, beside model and data
+_SAME = [f"pretraining.{name}" for name in ("max_steps", "tokens_per_step", "learning_rate", "lr_scheduler_type")]
+_SAME += [f"pretraining.{name}" for name in ("warmup_steps", "weight_decay", "max_grad_norm", "init_from")]
+_SAME += [f"pretraining.{name}" for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "isolate_documents")]
+_SAME += ["tokenizer.vocab_size", "tokenizer.source", "pretraining.block_size"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """`size` is the published size whose configuration and data these are; `of` the one it is a variant of.
+
+    Either is None where there is none; `why` says in what the configuration differs.
+    """
+
+    name: str
+    folder: Path
+    metrics: dict[str, dict]
+    about: dict[str, Any]
+    size: str | None
+    of: str | None
+    why: str
+
+    def at(self, path: str) -> Any:
+        """The value of this dotted name in metrics.json; None where it is not (yet) there."""
+        value: Any = self.metrics
+        for name in path.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
+
+    def number(self, path: str) -> float | None:
+        """The same, a number.
+
+        Raises:
+            DamagedFile: it is something else.
+        """
+        value = self.at(path)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise DamagedFile(
+                f"{self.folder / 'metrics.json'} is damaged: {path} is {str(value)[:40]!r} and not a number; "
+                "restore it from a copy, or leave this run out"
+            )
+        return value
+
+    @cached_property
+    def records(self) -> list[dict]:
+        """The curve of pretraining, under way too; a reference run keeps its figures' data and not its stages."""
+        made = self.about.get("stages", {}).get("03_pretraining", {}).get("folder", "03_pretraining")
+        saved = self.folder / "figures" / "03_loss.csv"
+        records = read_records((self.folder / made).resolve() / "metrics.jsonl")
+        if not records and saved.is_file():
+            try:
+                rows = pd.read_csv(saved).to_dict("records")
+                records = [{name: value for name, value in row.items() if not pd.isna(value)} for row in rows]
+                return [{**row, "step": int(row["step"])} for row in records]
+            except (ValueError, KeyError) as error:
+                raise DamagedFile(f"{saved} is damaged ({error}): restore it, or leave this run out") from None
+        return records
+
+    def points(self, name: str) -> pd.Series:
+        """One column of the curve by step; `loss` smoothed as in figure 1(a). Not a number where the run diverged."""
+        stopped = math.nan if name == "loss" else None
+        found = {row["step"]: row.get(name, stopped if "not_finite" in row else None) for row in self.records}
+        points = pd.Series({step: value for step, value in found.items() if value is not None}, dtype=float)
+        if name == "loss" and len(points):
+            window = smoothing_window(self.about.get("parameters", {}).get("pretraining", {}).get("max_steps") or 1)
+            points = pd.Series(smoothed(points.index, points, window), points.index)
+        return points
+
+    def scored(self) -> Judged:
+        """The same run as the scores of stage 04 have it, which may be another model's: the authors' own weights."""
+        model = self.about.get("parameters", {}).get("evaluation", {}).get("model")
+        if model is None:
+            return self
+        size = None if hub.mirrored(model) else score_tables.PUBLISHED_MODELS.get(model)
+        return replace(self, size=size, of=size, why=f"another model was evaluated: {model}")
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Tables 4 and 5 by task, as notebook 04 judges them."""
+        rows = score_tables.of_size(
+            self.size, {"harness": {}, "downstream": {}} | self.metrics.get("04_evaluation", {})
+        )
+        return rows[rows.table.isin(["table 4", "table 5"])].set_index("task")
+
+
+def known_runs(folder: Path) -> list[str]:
+    found = {path.parent for place in ("*/run.json", "*/*/run.json") for path in folder.glob(place)}
+    found |= {path.parents[1] for path in folder.glob("*/*/stage.json")}
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def load(name: str, folder: Path) -> Judged:
+    """The run of this name in a folder of runs; `reference/nano` is one too.
+
+    Raises:
+        TTLError: it is not there, or its files are damaged.
+    """
+    name, known = name.rstrip("/"), known_runs(folder)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 3) or known[:10]
+        raise TTLError(f"there is no run {name!r} in {folder}; there are: {', '.join(near) or 'none'}")
+    place = folder / name
+    metrics, about = (_table(place / file) for file in ("metrics.json", "run.json"))
+    size, of, why = _configuration(about.get("parameters") or {}, metrics)
+    return Judged(name, place, metrics, about, size, of, why)
+
+
+def _table(path: Path) -> dict[str, dict]:
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise DamagedFile(f"{path} is damaged (no table of values): restore it from a copy, or leave this run out")
+    return found
+
+
+def _configuration(parameters: dict, metrics: dict) -> tuple[str | None, str | None, str]:
+    """The published size whose configuration and data these are, the size they are a variant of, and what differs."""
+    if not parameters:
+        return None, None, "what made this run is not known before its first stage ends"
+    ours = dict(leaves(parameters))
+    differing = {}
+    for size in paper.SIZES:
+        published = load_params({"size": size})
+        theirs = published.flat()
+        keys = [*(key for key in theirs if key.startswith("model.")), *_SAME]
+        if ours.get("pretraining.block_size") == ours.get("model.max_position_embeddings"):
+            ours["pretraining.block_size"] = None
+        found = [key for key in keys if ours.get(key) != theirs[key]]
+        told = [f"{key.partition('.')[2]} {ours.get(key)}, not {theirs[key]}" for key in found[:3]]
+        told += [f"{len(found) - 3} more"] if len(found) > 3 else []
+        try:
+            same_data = Data.model_validate(parameters.get("data")).identity() == published.data.identity()
+        except ValidationError:
+            same_data = False
+        differing[size] = told + ([] if same_data else ["other data"])
+    if not all(differing.values()):
+        size = next(size for size in paper.SIZES if not differing[size])
+        if any(source.get("from_mirror") for source in metrics.get("01_data", {}).get("sources", [])):
+            return None, size, f"the {size}'s configuration, but its data came from a local mirror"
+        return size, size, ""
+    named = parameters.get("size")
+    size = named if named in paper.SIZES else min(paper.SIZES, key=lambda size: len(differing[size]))
+    return (
+        None,
+        named if named in paper.SIZES else None,
+        f"not the {size}'s configuration: {'; '.join(differing[size])}",
+    )
