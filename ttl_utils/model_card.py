@@ -1,0 +1,269 @@
+"""README.md of a published model: what it is, what it was made of and what was measured (text: `model_card.md`).
+
+Each figure comes from the run's files; what was not measured says so.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from importlib.resources import files
+from string import Template
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from safetensors import safe_open
+
+from ttl_utils import licences, tables
+from ttl_utils.carbon import stage_totals
+from ttl_utils.files import read_json
+from ttl_utils.hub import weight_files
+from ttl_utils.memorisation import sentence
+from ttl_utils.schema import Optimisation
+from ttl_utils.score_tables import scores
+from ttl_utils.table_files import markdown
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+    from ttl_utils.run import Run, Stage
+
+# the hub's names for licences: ours in small letters with hyphens
+HUB_LICENCES = (
+    *(f"cc-by-{rest}" for rest in ("2.0", "3.0", "4.0", "sa-3.0", "sa-4.0", "nc-3.0", "nc-4.0", "nd-4.0")),
+    *("cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc0-1.0", "odc-by"),
+    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "mpl-2.0"),
+)
+_PARTS = ("cpu", "gpu", "ram")
+_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_TRAINED = ("steps", "tokens", "epochs", "tokens_per_second", "duration_s", "device", "precision", "attention")
+_SETTINGS = {*Optimisation.model_fields, "max_steps", "num_train_epochs", "block_size", "isolate_documents", "faithful"}
+_SPENT = ("energy_kwh", "measured_kwh", "modelled_kwh", "emissions_kg", "duration_s")
+
+
+def licence_of(run: Run, name: str) -> dict[str, Any]:
+    """The hub's `license`, the licences of the texts that the model learned from, and what they allow together.
+
+    One licence alone is passed on; several are `other`. What others made (a model, tokens) has terms not known here.
+    """
+    params, found = run.params, set()
+    made_by_others = {"base model": params.chat.base_model if name == "chat" else None}
+    if not made_by_others["base model"]:
+        made_by_others |= {"initial model": params.pretraining.init_from}
+        made_by_others |= {"tokens": params.tokenizer.tokens and params.tokenizer.tokens.dataset}
+        rows = run.need("02_tokenizer").metrics()["tokens_by_licence"]
+        found |= {row["licence"] for row in rows if row["tokens"]}
+    found |= {f"terms of the {what} {_short(other)}" for what, other in made_by_others.items() if other}
+    if name == "chat":
+        reports = [report for report in run.need("01_data").metrics()["sources"] if report["use"] == "chat"]
+        found |= {
+            licence for report in reports if report["documents_kept"] for licence in report["licence_characters_in"]
+        }
+    names = sorted(found)
+    slug = re.sub(r"\s+", "-", names[0].lower()) if len(names) == 1 else ""
+    known = slug if slug in HUB_LICENCES else "other"
+    return {"license": known, "licences": names, "allowed": licences.combined(names)["summary"]}
+
+
+def licence_text(run: Run, name: str) -> str:
+    """Each licence and what they allow together, in Markdown."""
+    about = licence_of(run, name)
+    found = [licences.look_up(one) for one in about["licences"]]
+    table = pd.DataFrame(
+        [(one, known.model_use, known.note) for one, known in zip(about["licences"], found, strict=True)],
+        columns=["licence of texts", "use of a model", "note"],
+    )
+    named = [f"{source.name} ({source.dataset or source.package or 'files'})" for source in _sources(run, name)]
+    return f"{about['allowed']}\n\n{markdown(table)}\n\nSources: {', '.join(named)}."
+
+
+def _short(name: str) -> str:
+    """A hub id as it is, a folder without the folders of this machine above it."""
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def _sources(run: Run, name: str) -> list[Any]:
+    uses = {"base": ("corpus",), "chat": ("chat",) if run.params.chat.base_model else ("corpus", "chat")}[name]
+    return [source for source in run.params.data.active if source.use in uses]
+
+
+def model_card(run: Run, name: str, stage: Stage, repository: str | None, memorised: dict, names: list[str]) -> str:
+    """The card with its front matter; `repository` as OWNER/NAME where it is known, `names` of the files beside it."""
+    config, figures, manifest = read_json(stage.folder / "model" / "config.json"), stage.metrics(), stage.manifest()
+    totals = stage_totals(stage.folder.parent / "energy.jsonl")
+    spent = next(iter(totals[totals.stage == stage.name].to_dict("records")), {})
+    machine = read_json(stage.folder.parent / "run.json")["machine"]
+    hardware = f"{figures.get('device', 'device not recorded')}; {machine['processor']}, {machine['cores']} cores"
+    results = _measured(run, name, figures)
+    foreign = name == "chat" and run.params.chat.base_model
+    size = None if foreign else tables.is_paper_configuration(run)
+    it = "It" if name == "base" else "Its base model"
+    chat, settings = run.params.chat, manifest["identity"]["pretraining" if name == "base" else "chat"]
+    prompt = chat.prompts[-1] if name == "chat" else run.params.pretraining.prompts[0]
+    ask = f'inputs = tokenizer("{prompt}", return_tensors="pt")'
+    if name == "chat":
+        ask = f'messages = [{{"role": "user", "content": "{prompt}"}}]\n'
+        ask += 'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)'
+    code = manifest["code"] or {}
+    shown = {key: config[key] for key in (*_SHAPE, "max_position_embeddings", "vocab_size")}
+    shown |= {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
+    shown |= {key: figures[key] for key in _TRAINED if key in figures}
+    values = {
+        "title": (repository or f"{run.name}-{name}").split("/")[-1],
+        "kind": "language model" if name == "base" else "chat model",
+        "parameters": _number(_count(stage)),
+        "context": _number(config["max_position_embeddings"]),
+        "comparable": f"{it} has the configuration of the paper's {size}."
+        if size
+        else f"{it} has none of the paper's configurations: the results are **not comparable with the paper**.",
+        "place": repository or ".",
+        "ask": ask,
+        "prompt": prompt,
+        "gguf": next((file for file in names if file.endswith("f16.gguf")), "FILE.gguf"),
+        "flags": "--jinja" if name == "chat" else "-no-cnv",
+        **{key: getattr(chat, key) for key in ("max_new_tokens", "temperature", "top_k", "repetition_penalty")},
+        "data": _data(run, name),
+        "training": _table(shown),
+        "results": results["text"],
+        "memorised": sentence(memorised),
+        "energy": _energy(run, name, spent),
+        "language": run.params.data.language,
+        "licence": licence_text(run, name),
+        "provenance": _table(
+            {
+                "commit of the code": code.get("commit") or "unknown",
+                "all changes committed": code.get("clean"),
+                "finished": manifest["finished"],
+                "SHA-256 of the model's files": manifest["outputs"]["model"]["fingerprint"],
+                "machine": f"{machine['system']}; {hardware}; {machine['memory_gib']} GiB of memory",
+                **manifest["versions"],
+            }
+        ),
+    }
+    data = _card_data(run, name, repository, spent, hardware, results["rows"])
+    text = files("ttl_utils").joinpath("model_card.md").read_text(encoding="utf-8")
+    return f"---\n{data.to_yaml()}\n---\n{Template(text).substitute(values)}"
+
+
+def _count(stage: Stage) -> int:
+    total = 0
+    for path in weight_files(stage.folder / "model", stage.name):
+        with safe_open(path, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.6g}" if isinstance(value, float) else str(value) if isinstance(value, bool) else f"{value:,}"
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = [
+        (key.replace("_", " "), value if isinstance(value, str) else _number(value)) for key, value in values.items()
+    ]
+    return markdown(pd.DataFrame(rows, columns=["what", "value"]))
+
+
+def _measured(run: Run, name: str, figures: dict) -> dict[str, Any]:
+    """Of the model itself: rows (task, data set, split, metric, value) for the hub, and the same with more to read."""
+    if name == "chat":
+        found = math.exp(figures["validation_loss_after"])
+        losses = {f"validation_loss_{when}": figures[f"validation_loss_{when}"] for when in ("before", "after")}
+        text = "Of held-out conversations, the answers alone (loss in nats a token, before and after fine-tuning):\n\n"
+        own = f"{run.name}-held-out-conversations"
+        rows = [("held-out conversations", own, "test", "perplexity", found)]
+        return {"rows": rows, "text": text + _table(losses | {"perplexity": found})}
+    stage = run.stage("04_evaluation")
+    scored = stage.metrics() if stage.finished else {}
+    # stage 04 may have judged another model
+    scored = scored if scored.get("origin") == "this run" else {}
+    plain = {key: scored.get(key) for key in ("perplexity", "bits_per_byte")}
+    text = f"Of held-out text:\n\n{_table(plain)}\n\nBenchmarks: not measured."
+    if scored and len(table := scores(scored)):
+        text = text.rpartition("\n\n")[0] + "\n\nIn percent, beside what a constant answer (or chance) scores:\n\n"
+        text += markdown(table)
+    own = f"{run.name}-held-out-text"
+    rows = [("held-out text", own, "test", key, value) for key, value in plain.items() if value is not None]
+    rows += [
+        (key, row["dataset"] or row["task"], row["split"], row["metric"], row["value"])
+        for key, row in scored.get("harness", {}).items()
+        if row["status"] == "done"
+    ]
+    return {"rows": rows, "text": text}
+
+
+def _data(run: Run, name: str) -> str:
+    wanted = {source.name: source for source in _sources(run, name)}
+    figures = run.need("01_data").metrics()
+    reports = [report for report in figures["sources"] if report["source"] in wanted]
+    columns = ("source", "use", "kind", "licence", "documents_in", "documents_kept", "characters_kept", "version")
+    table = pd.DataFrame(reports)[list(columns)].dropna(axis="columns", how="all")
+    filters = ", ".join(sorted({source.filter for source in wanted.values()}))
+    said = [
+        markdown(table.rename(columns=lambda key: key.replace("_", " "))),
+        f"Filters ({filters}) rejected {sum(sum(report['rejected'].values()) for report in reports):,} documents; the "
+        "reasons, what was masked of personal data, and the lengths stand in `data_sheet.md`. "
+        f"Held out from training: {figures['held_out_texts']:,} texts.",
+    ]
+    if name == "chat" and run.params.chat.base_model:
+        said.append(f"The base model, {_short(run.params.chat.base_model)}, learned from other texts before.")
+    if mirrored := [report["source"] for report in reports if report["from_mirror"]]:
+        said.append(f"Read from a local mirror, which may not hold the published set: {', '.join(mirrored)}.")
+    return "\n\n".join(said)
+
+
+def _methods(spent: dict) -> str:
+    return "; ".join(f"{part}: {spent[f'{part}_method']}" for part in _PARTS)
+
+
+def _intensity(spent: dict) -> str:
+    return f"{spent['country_iso_code']}, {spent['intensity_g_per_kwh']:.1f} g/kWh, as configured"
+
+
+def _energy(run: Run, name: str, spent: dict) -> str:
+    if not spent:
+        return "Not measured."
+    what = "Pretraining alone" if name == "base" else "Fine-tuning alone, without the base model's pretraining"
+    report = run.stage("06_carbon_report")
+    whole = {f"{key} of the whole run": report.metrics()[key] if report.finished else None for key in _SPENT[::3]}
+    table = _table({key: spent[key] for key in _SPENT} | whole)
+    return f"{what}. Measured or modelled: {_methods(spent)}. Grid: {_intensity(spent)}.\n\n{table}"
+
+
+def _card_data(
+    run: Run, name: str, repository: str | None, spent: dict, hardware: str, results: list[tuple]
+) -> ModelCardData:
+    """The hub's fields, with what was measured alone."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    licence, more = licence_of(run, name)["license"], {}
+    if licence == "other":
+        more = {"license_name": "terms-of-the-training-texts", "license_link": "LICENSE.md"}
+    if spent:
+        more["co2_eq_emissions"] = {
+            # in grams, as the hub wants them
+            "emissions": round(1000 * spent["emissions_kg"], 6),
+            "source": f"CodeCarbon ({_methods(spent)})",
+            "training_type": "pre-training" if name == "base" else "fine-tuning",
+            "geographical_location": _intensity(spent),
+            "hardware_used": hardware,
+        }
+    base = run.params.chat.base_model or (repository or "").removesuffix("-Chat")
+    if name == "chat" and "/" in base and _short(base) == base:
+        more["base_model"] = base
+    return ModelCardData(
+        language=run.params.data.language,
+        license=licence,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["llama", "gguf", *(["conversational"] if name == "chat" else [])],
+        datasets=list(dict.fromkeys(source.dataset for source in _sources(run, name) if source.dataset)) or None,
+        model_name=(repository or f"{run.name}-{name}").split("/")[-1],
+        eval_results=[
+            EvalResult("text-generation", place, task, metric, round(value, 6), dataset_split=split)
+            for task, place, split, metric, value in results
+        ],
+        **more,
+    )
