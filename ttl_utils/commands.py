@@ -106,7 +106,7 @@ def chat_with(arguments: argparse.Namespace) -> None:
 def export_models(arguments: argparse.Namespace) -> None:
     run = Run(load_params(given_values(arguments)))
     if arguments.to == "gguf":
-        from ttl_utils.gguf import export_gguf
+        from ttl_utils.gguf_files import export_gguf
 
         for path in export_gguf(run):
             print(path)
