@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from ttl_utils import carbon as cb
+from ttl_utils import costs, equivalents, paper
 from ttl_utils.errors import TTLError
 
 GERMANY = SimpleNamespace(country_iso_code="DEU", carbon_intensity_g_per_kwh=None, pue=1.0, measure_power_s=0.1)
@@ -128,6 +130,8 @@ def test_intensity_is_the_country_s_unless_it_is_forced(ledger):
         assert session.emissions_kg == pytest.approx(session.energy_kwh * expected / 1000, rel=1e-9)
         last = cb.read_ledger(ledger)[-1]
         assert last["country_iso_code"] == "DEU" and last["intensity_g_per_kwh"] == expected
+        source = "the paper's logs" if grams else "CodeCarbon .*, national mix of 20"
+        assert re.match(source, last["intensity_source"]) and cb.read_ledger(ledger)[0]["machine"]
     # Quebec, codecarbon's own fallback, is near 3.6 g
     assert 200 < cb.country_intensity("DEU") < 600 and 50 < cb.country_intensity("BRA") < 200
 
@@ -262,15 +266,47 @@ def test_the_paper_s_car_ride():
     assert cb.car_km(5.67 + 41.29) == pytest.approx(185)
     # the same ride by the factor of CodeCarbon's dashboard, 0.409 kg a mile
     assert cb.car_km(0.409) == pytest.approx(1.609344, rel=2e-3)
-    table = cb.equivalents(46.96, 128.5).set_index("equivalent")
+    table = equivalents.equivalents(46.96, 128.5).set_index("equivalent")
     assert table.loc["car ride", "amount"] == pytest.approx(185)
     assert table["source"].str.len().min() > 5
     on_energy = table["factor_unit"].str.startswith("kWh")
     assert (table.loc[on_energy, "amount"] * table.loc[on_energy, "factor"]).tolist() == pytest.approx([128.5] * 2)
 
 
+def test_small_amounts_have_small_units():
+    table = equivalents.equivalents(0.001, 0.0028).set_index("equivalent")
+    assert table.loc["car ride", ["unit", "amount"]].tolist() == ["m", pytest.approx(1000 * cb.car_km(0.001))]
+    assert table.loc["a 10 W lamp", ["unit", "amount"]].tolist() == ["minutes", pytest.approx(0.28 * 60)]
+
+
+def test_other_overheads_start_from_the_runs_own():
+    table = equivalents.overheads(12.0, 1.2, 400.0).set_index("pue")
+    assert table.energy_kwh.round(6).to_dict() == {1.0: 10.0, 1.2: 12.0, 1.58: 15.8}
+    assert table.emissions_kg[1.0] == pytest.approx(4.0) and table.source.str.contains("20|paper").all()
+
+
+def test_projections_scale_with_the_share_of_the_peak():
+    table = equivalents.utilisation()
+    logged = table[table.share_of == "logged"].set_index("run")
+    assert logged.loc["160m", "energy_kwh"] == pytest.approx(15.521335) and (table.share_of_peak <= 1).all()
+    assert logged.kwh_per_billion_tokens.round(2).to_dict() == {"160m": 4.14, "460m": 11.49}
+    product = (table.energy_kwh * table.share_of_peak).groupby(table.run)
+    assert (product.max() / product.min()).tolist() == pytest.approx([1, 1])
+    gpus = equivalents.gpus(costs.paper_params("160m"), 15.521335)
+    own = gpus[gpus.gpu == costs.PAPER_GPU]
+    # the planner, given the paper's own share, comes back to the log
+    assert own.energy_kwh.iloc[0] == pytest.approx(15.52, rel=0.01) and own.times_ours.iloc[0] == pytest.approx(
+        1, rel=0.01
+    )
+    assert set(gpus.gpu) == set(equivalents.GPUS)
+
+
+def test_the_paper_s_intensity_is_that_of_its_logs():
+    assert paper.table("codecarbon_final").intensity_g_per_kwh.tolist() == [cb.PAPER_INTENSITY] * 2
+
+
 def test_what_if_names_its_sources():
-    table = cb.what_if(128.495).set_index("grid")
+    table = equivalents.grids(128.495).set_index("grid")
     assert table.loc["Germany, as in the paper", "emissions_kg"] == pytest.approx(46.96, abs=0.005)
     assert table.loc["world average", "emissions_kg"] == pytest.approx(128.495 * 0.475)
     assert table.loc["Brazil", "emissions_kg"] < table.loc["Germany", "emissions_kg"]

@@ -1,27 +1,32 @@
-"""Energy and emissions: a ledger that survives kills, totals per stage, and what they amount to."""
+"""Measuring energy and emissions into a ledger that survives kills; `ledger` reads it."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import logging
 import os
+import platform
 import tempfile
 import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import codecarbon
-import pandas as pd
 from codecarbon.input import DataSource
 from codecarbon.output_methods.base_output import BaseOutput
 
 from ttl_utils.errors import TTLError
+from ttl_utils.ledger import PARTS
+from ttl_utils.ledger import read_ledger as read_ledger
+from ttl_utils.ledger import stage_energy as stage_energy
+from ttl_utils.ledger import stage_totals as stage_totals
 
 # g/kWh: the German average behind the final rows of the paper's own CodeCarbon logs, the same in both
 PAPER_INTENSITY = 365.477
@@ -29,10 +34,6 @@ PAPER_INTENSITY = 365.477
 # 2.5 kg left out; the 0.409 kg a mile of CodeCarbon's dashboard (US EPA) gives the same 185 km
 CAR_KG_PER_KM = (5.67 + 41.29) / 185
 
-_PARTS = ("cpu", "gpu", "ram")
-_METHODS = [f"{part}_method" for part in _PARTS]
-_SUMMED = ["duration_s", *(f"{part}_kwh" for part in _PARTS), "energy_kwh", "emissions_kg"]
-_SUMMED += ["measured_kwh", "modelled_kwh"]
 # codecarbon's own timer takes no lock: a sample of ours during one of its would count the interval twice.
 # so it never fires (46 days, about the longest wait Windows allows) and a thread of ours samples instead
 _NEVER_S = 4_000_000
@@ -71,9 +72,9 @@ class EnergySession(BaseOutput):
             row = {
                 **self._marks,
                 **self._columns,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "duration_s": total.duration,
-                **{f"{part}_kwh": getattr(total, f"{part}_energy") for part in _PARTS},
+                **{f"{part}_kwh": getattr(total, f"{part}_energy") for part in PARTS},
                 "energy_kwh": total.energy_consumed,
                 "emissions_kg": total.emissions,
                 "country_iso_code": total.country_iso_code,
@@ -104,11 +105,10 @@ def track(ledger: Path, stage: str, carbon: object, *, measure_s: float | None =
         yield EnergySession()
         return
     # always forced, the country's own figure too: then nothing else can decide it
-    intensity = country_intensity(carbon.country_iso_code)
-    if carbon.carbon_intensity_g_per_kwh is not None:
-        intensity = carbon.carbon_intensity_g_per_kwh
+    intensity, source = _intensity(carbon)
     columns = {"session": uuid.uuid4().hex, "stage": stage, "rank": int(os.environ.get("RANK", "0"))}
-    columns |= {"intensity_g_per_kwh": intensity, "pue": carbon.pue}
+    columns |= {"machine": hashlib.sha256(platform.node().encode()).hexdigest()[:12]}
+    columns |= {"intensity_g_per_kwh": intensity, "intensity_source": source, "pue": carbon.pue}
     session = EnergySession(Path(ledger), columns)
     # a filter, not a level: the first messages come before log_level applies
     log = logging.getLogger("codecarbon")
@@ -163,6 +163,11 @@ def track(ledger: Path, stage: str, carbon: object, *, measure_s: float | None =
 
 def country_intensity(country_iso_code: str) -> float:
     """Grams of CO2 equivalent per kWh of a country's grid, from CodeCarbon's data files; no network."""
+    return grid(country_iso_code)[1]
+
+
+def grid(country_iso_code: str) -> tuple[str, float, str]:
+    """A country's name, grams of CO2 equivalent per kWh, and the source with its year."""
     countries = DataSource().get_global_energy_mix_data()
     # codecarbon itself takes the world average for a code it does not know, in silence
     if country_iso_code not in countries:
@@ -171,54 +176,9 @@ def country_intensity(country_iso_code: str) -> float:
             f"carbon.country_iso_code: {country_iso_code!r} is not a country CodeCarbon has figures for. "
             f"Give a three-letter ISO code in capitals, such as {', '.join(near)}."
         )
-    return float(countries[country_iso_code]["carbon_intensity"])
-
-
-def read_ledger(ledger: Path) -> list[dict]:
-    """Every whole row of the ledger, in order; [] when there is none. A line torn by a kill is left out."""
-    rows = []
-    if Path(ledger).exists():
-        for line in Path(ledger).read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
-
-
-def stage_energy(ledger: Path, stage: str, since: str = "") -> tuple[float, float, float]:
-    """kWh, kg and seconds of a stage over its sessions, one under way included; zeros without a ledger.
-
-    `since` (ISO time, UTC) leaves out what was spent before: on a folder that was moved aside.
-    """
-    rows = [row for row in _last_rows(ledger) if row["stage"] == stage and row["time"] >= since]
-    energy_kwh, emissions_kg, duration_s = (
-        float(sum(row[key] for row in rows)) for key in ("energy_kwh", "emissions_kg", "duration_s")
-    )
-    return energy_kwh, emissions_kg, duration_s
-
-
-def stage_totals(ledger: Path) -> pd.DataFrame:
-    """A row per stage, summed over its sessions, measured energy apart from modelled (both with the PUE)."""
-    texts = ["country_iso_code", *_METHODS]
-    last = _last_rows(ledger)
-    if not last:
-        names = ["stage", "sessions", *_SUMMED, "mean_watts", "intensity_g_per_kwh", *texts]
-        return pd.DataFrame(columns=names)
-    rows = pd.DataFrame(last)
-    for kind in ("measured", "modelled"):
-        rows[f"{kind}_kwh"] = sum(
-            rows[f"{part}_kwh"].where(rows[f"{part}_method"].str.startswith(kind), 0.0) for part in _PARTS
-        )
-    stages = rows.groupby("stage", sort=False)
-    totals = stages[_SUMMED].sum()
-    totals.insert(0, "sessions", stages.size())
-    # codecarbon's own power figures are averages over samples: energy over time is the mean
-    totals["mean_watts"] = totals["energy_kwh"] * 3.6e6 / totals["duration_s"]
-    totals["intensity_g_per_kwh"] = totals["emissions_kg"] / totals["energy_kwh"] * 1000
-    for name in texts:
-        totals[name] = stages[name].agg(lambda values: ", ".join(dict.fromkeys(values)))
-    return totals.reset_index()
+    mix = countries[country_iso_code]
+    source = f"CodeCarbon {codecarbon.__version__}, national mix of {mix['year']}"
+    return mix["country_name"], float(mix["carbon_intensity"]), source
 
 
 def car_km(emissions_kg: float) -> float:
@@ -226,33 +186,13 @@ def car_km(emissions_kg: float) -> float:
     return emissions_kg / CAR_KG_PER_KM
 
 
-def equivalents(emissions_kg: float, energy_kwh: float) -> pd.DataFrame:
-    """What the emissions and the energy amount to, each with its factor and where the factor comes from."""
-    # 8,887 g of CO2 per US gallon of petrol; 4.186 kJ/(kg K) x 80 K / 3600 per litre of water
-    petrol_kg, water_kwh, lamp_kwh = 8.887 / 3.785411784, 4.186 * 80 / 3600, 0.010
-    car = "the paper, section 4.2: 185 km for the 5.67 + 41.29 kg of its two runs"
-    petrol = "US EPA: 8,887 g of CO2 per US gallon of petrol burned"
-    water = "water heated from 20 to 100 °C"
-    rows = [
-        ("car ride", car_km(emissions_kg), "km", CAR_KG_PER_KM, "kg per km", car),
-        ("petrol burned", emissions_kg / petrol_kg, "litres", petrol_kg, "kg per litre", petrol),
-        (water, energy_kwh / water_kwh, "litres", water_kwh, "kWh per litre", "physics: no losses"),
-        ("a 10 W lamp", energy_kwh / lamp_kwh, "hours", lamp_kwh, "kWh per hour", "by definition"),
-    ]
-    return pd.DataFrame(rows, columns=["equivalent", "amount", "unit", "factor", "factor_unit", "source"])
-
-
-def what_if(energy_kwh: float, countries: Sequence[str] = ("DEU", "BRA")) -> pd.DataFrame:
-    """Emissions of the same energy on other grids: the paper's, some countries', the world's average."""
-    data, files = DataSource(), f"CodeCarbon {codecarbon.__version__}"
-    grids = [("Germany, as in the paper", PAPER_INTENSITY, "the paper's CodeCarbon 2.3.2 logs, final rows")]
-    for code in countries:
-        intensity, mix = country_intensity(code), data.get_global_energy_mix_data()[code]
-        grids.append((mix["country_name"], intensity, f"{files}, national mix of {mix['year']}"))
-    world = float(data.get_carbon_intensity_per_source_data()["world_average"])
-    grids.append(("world average", world, f"{files}, after the IEA's status report of 2019"))
-    rows = [(grid, grams, energy_kwh * grams / 1000, source) for grid, grams, source in grids]
-    return pd.DataFrame(rows, columns=["grid", "intensity_g_per_kwh", "emissions_kg", "source"])
+def _intensity(carbon: object) -> tuple[float, str]:
+    """Grams per kWh of a run, and where the figure is from."""
+    _, grams, source = grid(carbon.country_iso_code)
+    given = carbon.carbon_intensity_g_per_kwh
+    if given is None:
+        return grams, source
+    return given, "the paper's logs" if given == PAPER_INTENSITY else "given in section carbon"
 
 
 def _keep_sampling(session: EnergySession, done: threading.Event, interval_s: float) -> None:
@@ -270,12 +210,6 @@ def _append(ledger: Path, line: str) -> None:
         file.write(line.encode() + b"\n")
 
 
-def _last_rows(ledger: Path) -> list[dict]:
-    rows = {row["session"]: row for row in read_ledger(ledger)}.values()
-    # machines that work side by side spend energy each, and the time once
-    return [row | {"duration_s": 0.0} if row.get("rank") else row for row in rows]
-
-
 def _methods(tracker: codecarbon.OfflineEmissionsTracker) -> dict[str, str]:
     """Which of CodeCarbon's figures are measured here and which are modelled."""
     cpu = {
@@ -284,7 +218,7 @@ def _methods(tracker: codecarbon.OfflineEmissionsTracker) -> dict[str, str]:
         "intel_power_gadget": "measured (Power Gadget)",
         "cpu_load": "modelled (CPU load and rated power)",
     }
-    methods = {f"{part}_method": "none" for part in _PARTS}
+    methods = {f"{part}_method": "none" for part in PARTS}
     # private, but codecarbon names its methods nowhere else than in its log
     for hardware in tracker._hardware:
         kind = type(hardware).__name__

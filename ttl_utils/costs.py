@@ -16,6 +16,7 @@ from ttl_utils.params import Params, load_params
 PAPER_GPU, PAPER_BUDGET_USD = "A100-40GB", 500
 # tokens per second and A100-80GB of the 160m's shape, by the same author a year later (Corrêa et al. 2024)
 TUCANO_TOKENS_PER_SECOND = 132_400
+TUCANO_KWH_PER_BILLION_TOKENS = 1.40
 
 
 def flops_of(params: Params) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 
 from ttl_utils.errors import ParameterError, StageConflict, TTLError
-from ttl_utils.files import read_json
+from ttl_utils.files import read_json, write_text
 from ttl_utils.params import bundled, load_params, read_file
 from ttl_utils.progress import clock
 from ttl_utils.run import STAGES, Run, Stage
@@ -158,9 +159,20 @@ def execute(run: Run, name: str, given: dict) -> None:
     nbformat.write(made, partial)
     # JupyterLab shows the tables' styles of notebooks that its user trusts, which this one's is
     NotebookNotary().sign(made)
+    if STAGES[name].report:
+        write_text(final.with_suffix(".html"), notebook_page(made))
     os.replace(partial, final)
     failed.unlink(missing_ok=True)
     print(f"{name}: done in {clock(time.monotonic() - started)}", flush=True)
+
+
+def notebook_page(notebook: Any) -> str:
+    """An executed notebook as one HTML file that asks for no other."""
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(notebook)
+    # they fetch libraries for formulas and widgets, of which there are none
+    return re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
 
 
 def _all_errors(cls: type) -> Iterator[type]:

@@ -2,93 +2,143 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from ttl_utils import carbon, paper
-from ttl_utils.files import write_text
+from ttl_utils import equivalents, figures_carbon, paper, report_page  # noqa: F401
+from ttl_utils.carbon import car_km
+from ttl_utils.checkpoints import list_checkpoints, step_of
+from ttl_utils.errors import TTLError
+from ttl_utils.figures import draw
+from ttl_utils.files import read_json, write_text
+from ttl_utils.forecast import SHARES, after_the_point, forecast, paper_returns, returns, watts_until
+from ttl_utils.ledger import read_ledger, run_rows, stage_energy, stage_totals
 from ttl_utils.records import read_records
 from ttl_utils.run import STAGES, Run, Stage
+from ttl_utils.table_files import html_page, save
+
+PRETRAINING = "03_pretraining"
 
 
-def stage_energy_table(run: Run) -> pd.DataFrame:
-    """A row per stage made before this report; a stage used from another run is read from that run's ledger."""
-    tables = []
-    for name in STAGES:
-        if name == "06_carbon_report":
-            continue
-        totals = carbon.stage_totals(run.stage(name).folder.parent / "energy.jsonl")
-        tables.append(totals[totals.stage == name])
-    return pd.concat(tables, ignore_index=True)
+def bill(run: Run) -> pd.DataFrame:
+    """A row per stage, by the run that spent the energy: this one, and runs whose finished stages it uses.
 
+    `set_aside_kwh` is what of it went into folders that were moved aside.
 
-def checkpoint_table(run: Run) -> pd.DataFrame:
-    """Perplexity, energy and emissions at each evaluation of pretraining: the rows of the paper's table 6."""
-    records = [row for row in read_records(run.need("03_pretraining").folder / "metrics.jsonl") if "perplexity" in row]
-    rows = pd.DataFrame(records)[["step", "tokens", "perplexity", "energy_kwh"]]
-    totals = stage_energy_table(run).set_index("stage").loc["03_pretraining"]
-    rows["emissions_kg"] = rows.energy_kwh * totals.intensity_g_per_kwh / 1000
-    saved = rows.perplexity.shift() - rows.perplexity
-    rows["wh_per_perplexity_point"] = (rows.energy_kwh - rows.energy_kwh.shift()) * 1000 / saved.where(saved > 0)
+    Raises:
+        TTLError: the ledger holds nothing, or nothing of pretraining.
+    """
+    tables = [stage_totals(rows).assign(run=name) for name, rows in run_rows(run).items() if rows]
+    rows = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["stage"])
+    if PRETRAINING not in set(rows.stage):
+        raise TTLError(
+            f"the energy ledger {run.folder / 'energy.jsonl'} has no row of {PRETRAINING}: without it nothing can be "
+            "said of what this run cost. Restore it from a copy"
+        )
+    rows = rows.sort_values(["stage", "run"], ignore_index=True)
+    own = rows.run.eq(run.name) & rows.stage.isin(STAGES)
+    rows["set_aside_kwh"] = 0.0
+    for at in rows.index[own]:
+        stage = run.stage(rows.stage[at])
+        if not stage.from_base:
+            kept = stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())[0]
+            rows.loc[at, "set_aside_kwh"] = rows.energy_kwh[at] - kept
+    rows["share_of_energy"] = rows.energy_kwh / rows.energy_kwh.sum()
     return rows
 
 
+def checkpoint_table(run: Run) -> pd.DataFrame:
+    """Perplexity, energy and emissions at each evaluation of pretraining: the rows of the paper's table 6.
+
+    Energy is all that was spent until then, on work that a kill threw away too; `checkpoint_kwh` until the checkpoint
+    of that step stood, where it is kept.
+    """
+    stage, totals = run.need(PRETRAINING), bill(run)
+    records = [row for row in read_records(stage.folder / "metrics.jsonl") if "perplexity" in row]
+    rows = pd.DataFrame(records)[["step", "tokens", "perplexity", "energy_kwh"]]
+    kept = {step_of(path): read_json(path / "state.json") for path in list_checkpoints(stage.folder / "checkpoints")}
+    rows["checkpoint_kwh"] = [kept[step]["energy_kwh"] if step in kept else math.nan for step in rows.step]
+    spent = totals[totals.stage == PRETRAINING]
+    rows["emissions_kg"] = rows.energy_kwh * spent.emissions_kg.sum() / spent.energy_kwh.sum()
+    return returns(rows)
+
+
+def forecast_table(run: Run, shares: Any = SHARES) -> pd.DataFrame:
+    """Pretraining forecast from its first steps, and the error in percent once it is done; usable under way."""
+    stage, settings = run.stage(PRETRAINING), run.params.pretraining
+    records = read_records(stage.folder / "metrics.jsonl")
+    ledger = [row for row in read_ledger(stage.folder.parent / "energy.jsonl") if row["stage"] == PRETRAINING]
+    ledger = [row for row in ledger if row["time"] >= stage.begun()]
+    done, rows = stage.metrics() if stage.finished else {}, []
+    for share in shares:
+        found = forecast(records, settings.max_steps, share, settings.eval_steps)
+        if not found or (rows and rows[-1]["step"] == found["step"]):
+            continue
+        found["duration_s"] = found["energy_kwh"] * 3.6e6 / watts_until(ledger, found["spent_kwh"])
+        found["emissions_kg"] = found["energy_kwh"] * ledger[-1]["intensity_g_per_kwh"] / 1000
+        for name, key in (("energy_error", "energy_kwh"), ("duration_error", "duration_s")):
+            found[name] = 100 * (found[key] / done[key] - 1) if done else math.nan
+        rows.append(found)
+    return pd.DataFrame(rows)
+
+
 def carbon_report(run: Run) -> Stage:
-    """Make stage 06: metrics, and `report.md` to read."""
+    """Make stage 06: metrics, figures, tables, and `report.md` and `report.html` to read."""
     stage = run.stage("06_carbon_report")
     if stage.reuse():
         return stage
     with stage.work():
-        totals, points = stage_energy_table(run), checkpoint_table(run)
+        totals, points, forecasts = bill(run), checkpoint_table(run), forecast_table(run)
         energy_kwh, emissions_kg = float(totals.energy_kwh.sum()), float(totals.emissions_kg.sum())
+        trained = run.need(PRETRAINING).metrics()
         metrics = {
             "energy_kwh": energy_kwh,
             "emissions_kg": emissions_kg,
-            "car_km": carbon.car_km(emissions_kg),
+            "car_km": car_km(emissions_kg),
             "measured_kwh": float(totals.measured_kwh.sum()),
             "modelled_kwh": float(totals.modelled_kwh.sum()),
+            "of_other_runs_kwh": float(totals.energy_kwh[totals.run != run.name].sum()),
+            "set_aside_kwh": float(totals.set_aside_kwh.sum()),
             "duration_s": float(totals.duration_s.sum()),
-            "stages": totals.to_dict("records"),
-            "checkpoints": points.astype(object).where(points.notna(), None).to_dict("records"),
+            "kwh_per_billion_tokens": trained["energy_kwh"] / trained["tokens"] * 1e9,
+            "diminishing_returns": after_the_point(points),
+            "forecast": _plain(forecasts),
+            "stages": _plain(totals),
+            "checkpoints": _plain(points),
         }
-        write_text(stage.folder / "report.md", _markdown(run, metrics, totals, points))
-        stage.finish(metrics, {"report": [stage.folder / "report.md"]})
+        made = report_page.tables(run, metrics)
+        for name, (frame, caption) in made.items():
+            save(run.folder / "tables", name, frame, caption)
+        for name, data in figure_data(run, metrics).items():
+            draw(run, name, data)
+        title, text = f"Energy and emissions of run {run.name}", report_page.text(run, metrics, made)
+        write_text(stage.folder / "report.md", f"# {title}\n\n{text}")
+        write_text(stage.folder / "report.html", html_page(title, f"# {title}\n\n{text}", stage.folder))
+        stage.finish(metrics, {"report": [stage.folder / "report.md", stage.folder / "report.html"]})
     return stage
 
 
-def _markdown(run: Run, metrics: dict[str, Any], totals: pd.DataFrame, points: pd.DataFrame) -> str:
-    shown = totals[["stage", "duration_s", "energy_kwh", "measured_kwh", "modelled_kwh", "emissions_kg", "mean_watts"]]
-    same = carbon.equivalents(metrics["emissions_kg"], metrics["energy_kwh"])
-    grids = carbon.what_if(metrics["energy_kwh"])
-    methods = "; ".join(
-        f"{part.upper()}: {', '.join(dict.fromkeys(totals[f'{part}_method']))}" for part in ("cpu", "gpu", "ram")
-    )
-    share = metrics["measured_kwh"] / metrics["energy_kwh"] if metrics["energy_kwh"] else 0.0
-    parts = [
-        f"# Energy and emissions of run `{run.name}`",
-        f"{metrics['energy_kwh']:.6f} kWh and {metrics['emissions_kg']:.6f} kg CO2e over "
-        f"{metrics['duration_s']:.0f} s of work, kills and resumes included. Measured: {share:.0%} of the energy; "
-        f"the rest is modelled ({methods}). The report's own energy is not in it.",
-        "## By stage",
-        _table(shown),
-        "## Pretraining, by evaluation",
-        _table(points),
-        "## The paper's table 6 (460m)",
-        _table(paper.table("table6_energy_460m")),
-        "## The same amount as",
-        _table(same),
-        "## The same energy on other grids",
-        _table(grids),
+def figure_data(run: Run, metrics: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """What the figures of stage 06 are drawn from, by their name."""
+    points = pd.DataFrame(metrics["checkpoints"])
+    series = [points[points.step > 0].assign(series=run.name)]
+    series += [paper_returns(size).assign(series=f"paper {size}") for size in paper.SIZES]
+    grids = equivalents.grids(metrics["energy_kwh"])
+    gpus = equivalents.gpus(run.params, metrics["energy_kwh"])
+    kinds = [
+        pd.DataFrame({"kind": "grid", "name": grids.grid, "share": math.nan, "value": grids.emissions_kg}),
+        pd.DataFrame({"kind": "gpu", "name": gpus.gpu, "share": gpus.share_of_peak, "value": gpus.energy_kwh}),
     ]
-    return "\n\n".join(parts) + "\n"
+    return {
+        "06_energy": pd.DataFrame(metrics["stages"]),
+        "06_perplexity_energy": pd.concat(series)[["series", "step", "energy_kwh", "perplexity", "diminishing"]],
+        "06_what_if": pd.concat(kinds),
+        "06_forecast": forecast_table(run, np.geomspace(0.01, 1, 40)),
+    }
 
 
-def _table(frame: pd.DataFrame) -> str:
-    def cell(value: Any) -> str:
-        if isinstance(value, float):
-            return "" if value != value else f"{value:,.6g}"
-        return f"{value:,}" if isinstance(value, int) else str(value)
-
-    head = f"| {' | '.join(frame.columns)} |\n|{' --- |' * len(frame.columns)}"
-    return "\n".join([head, *(f"| {' | '.join(map(cell, row))} |" for row in frame.itertuples(index=False))])
+def _plain(frame: pd.DataFrame) -> list[dict]:
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")

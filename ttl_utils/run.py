@@ -186,19 +186,11 @@ class Stage:
         path = self.folder / "stage.json"
         return read_json(path)["identity"] if path.is_file() else {}
 
-    def run_ledger_fingerprint(self) -> str | None:
-        """Of what the ledgers hold for the stages before this report."""
-        digest = hashlib.sha256()
-        for name in STAGES:
-            if name == self.name:
-                break
-            ledger = self.run.stage(name).folder.parent / "energy.jsonl"
-            if ledger.is_file():
-                with ledger.open("rb") as file:
-                    for line in file:
-                        if f'"{name}"'.encode() in line:
-                            digest.update(line)
-        return digest.hexdigest()
+    def run_ledger_fingerprint(self) -> str:
+        """Of what the ledgers hold for the report: all but its own energy."""
+        from ttl_utils.ledger import run_rows
+
+        return hashlib.sha256(json.dumps(run_rows(self.run)).encode()).hexdigest()
 
     def check(self) -> str:
         """'finished', 'begun' or 'new'; raises StageConflict where the folder holds work of another identity."""

@@ -294,7 +294,8 @@ class Session:
             self.gather(moments=True)
             if not self.main:
                 return
-            self.loop.energy.sample()
+            # on disk before the checkpoint is: after a kill the count goes on from no less
+            self.loop.energy.sample(write=True)
             hardware, scaler = self.loop.hardware, self.accelerator.scaler
             state = {
                 "tokens": self.tokens,
