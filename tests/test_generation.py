@@ -12,7 +12,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tests.test_toxicity import TOXIC, build, save
-from ttl_utils import chat as ch
+from ttl_utils import conversations as ch
 from ttl_utils import code_words, sampling
 from ttl_utils import generation as gen
 from ttl_utils import text_measures as tm
@@ -96,7 +96,7 @@ def test_the_same_seed_gives_the_same_texts_and_another_seed_others(model, token
     # samples of one prompt differ, and come prompt by prompt
     assert all(first[n]["text"] != first[n + 1]["text"] for n in range(0, len(first), 2))
     assert [row["prompt"] for row in first] == [prompt for prompt in PROMPTS for _ in range(2)]
-    assert first[0].keys() == {"prompt", "kind", "text", "tokens", "ended", "seed", "cut"}
+    assert first[0].keys() == {"prompt", "kind", "text", "tokens", "ended", "seed", "cut", "control"}
 
 
 @pytest.mark.parametrize("changed", [{"top_k": 1}, {}, {"repetition_penalty": 1.8, "top_p": 0.9}])

@@ -55,6 +55,7 @@ FREE = {
     *(f"pretraining.{key}" for key in ("init_revision", "init_schedule", "search_steps")),
     *(f"evaluation.{key}" for key in ("batch_size", "model_revision", "texts", "texts_limit", "checkpoint_tasks")),
     *(f"evaluation.{key}" for key in ("inference", "generation")),
+    "chat.base_model_revision",
     "carbon.measure_power_s",
 }
 
@@ -139,6 +140,7 @@ KEYS = [
 ]
 # the weights that it names are the identity, not the name: test_initial
 KEYS.remove(("pretraining", "init_from"))
+KEYS.remove(("chat", "base_model"))
 KEYS.remove(("evaluation", "model"))
 
 
@@ -211,16 +213,21 @@ def test_inputs_are_identity_by_their_bytes():
 
 def test_a_model_that_is_named_takes_the_place_of_the_runs_own(monkeypatch):
     weights = {"weights": "a"}
-    monkeypatch.setattr("ttl_utils.subject.fingerprint", lambda params, recorded: weights)
+    monkeypatch.setattr("ttl_utils.subject.fingerprint", lambda params, recorded, key: {key: weights})
     other = a_run(evaluation={"model": "somebody/model"}).stage("04_evaluation")
     assert other.inputs() == ("01_data/corpus", "01_data/downstream")
-    assert other.identity()["evaluated weights"] == weights
+    assert other.identity()["evaluated weights"] == {"evaluation.model": weights}
     assert not any("03_pretraining" in key or "02_tokenizer" in key for key in other.identity())
     own = a_run().stage("04_evaluation")
     assert own.inputs() == STAGES["04_evaluation"].inputs and "evaluated weights" not in own.identity()
     # no other stage knows of it
     chat = a_run(evaluation={"model": "somebody/model"}).stage("05_chat")
     assert chat.inputs() == STAGES["05_chat"].inputs
+    # stage 05 has a key of its own; the context, which stage 03's model would have decided, is then part of it
+    tuned = a_run(chat={"base_model": "somebody/model"}).stage("05_chat")
+    assert tuned.inputs() == ("01_data/chat",) and "base weights" not in chat.identity()
+    assert tuned.identity()["base weights"] == {"chat.base_model": weights}
+    assert tuned.identity()["context"] == 256 and "context" not in chat.identity()
 
 
 # reuse

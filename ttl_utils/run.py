@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ STAGES = {
     "05_chat": Definition(("chat",), ("01_data/chat", "03_pretraining/model")),
     "06_carbon_report": Definition(("carbon",), ("03_pretraining/curve",), report=True),
 }
+
+# a section's parameter that names a model in the place of the run's own, and what its hash is called in the identity
+NAMED = {"evaluation": ("evaluation.model", "evaluated weights"), "chat": ("chat.base_model", "base weights")}
 
 
 def outputs_folder() -> Path:
@@ -167,19 +171,23 @@ class Stage:
             from ttl_utils.initial import fingerprint
 
             identity["initial weights"] = fingerprint(params, self._recorded().get("initial weights"))
-        if self._judges_another_model():
+        for key, name in self._named_models():
             from ttl_utils.subject import fingerprint as weights_of
 
-            identity["evaluated weights"] = weights_of(params, self._recorded().get("evaluated weights"))
+            identity[name] = weights_of(params, self._recorded().get(name), key)
+            # stage 03's model would have decided it
+            identity |= {"context": params.model.max_position_embeddings} if key == "chat.base_model" else {}
         return json.loads(json.dumps(identity))
 
     def inputs(self) -> tuple[str, ...]:
         """Outputs of earlier stages; a model that the parameters name takes the place of the run's own."""
         own = ("02_tokenizer/tokens", "03_pretraining/model")
-        return tuple(name for name in self.definition.inputs if not (self._judges_another_model() and name in own))
+        return tuple(name for name in self.definition.inputs if not (self._named_models() and name in own))
 
-    def _judges_another_model(self) -> bool:
-        return "evaluation" in self.definition.sections and self.run.params.evaluation.model is not None
+    def _named_models(self) -> list[tuple[str, str]]:
+        """Key and identity's name of a model that this stage takes in the place of stage 03's."""
+        known = [NAMED[section] for section in self.definition.sections if section in NAMED]
+        return [(key, name) for key, name in known if attrgetter(key)(self.run.params) is not None]
 
     def _recorded(self) -> dict:
         """The identity with which the work in this folder began; {} where it has not."""

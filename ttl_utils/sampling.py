@@ -79,7 +79,7 @@ def prompt_parts(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) ->
     if not chat:
         before, (words,) = first_ids(tokenizer), plain_ids(tokenizer, [prompt])
         if not before + words:
-            raise TTLError(f"evaluation.generation: prompt {prompt!r} has no token to begin from")
+            raise TTLError(f"prompt {prompt!r} has no token to begin from")
         return before, words, []
     if not tokenizer.chat_template:
         raise TTLError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: it is not a chat model's")
@@ -119,7 +119,8 @@ def generate(
 
     Returns:
         rows of prompt, kind ("code" for those of `settings.code_prompts`, else "text"), text (the continuation alone),
-        tokens (without the end token), ended (closed by the model itself), seed, and cut (tokens that the prompt lost).
+        tokens (without the end token), ended (closed by the model itself), seed, cut (tokens that the prompt lost), and
+        control (the control tokens within it, which the text leaves out).
 
     Raises:
         TTLError: the context is too short, the chat template does not serve, or the model's scores are not numbers.
@@ -132,7 +133,7 @@ def generate(
             room = context - settings.max_new_tokens - len(before) - len(after)
             if room < 1:
                 raise TTLError(
-                    f"evaluation.generation.max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in "
+                    f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in "
                     f"the context of {context} tokens: a smaller one is needed"
                 )
             cut[prompt] = max(0, len(words) - room)
@@ -147,6 +148,7 @@ def generate(
     # the longest first: what is too large for memory fails at once
     order = sorted(range(len(wanted)), key=lambda place: -len(asked[wanted[place][0]]))
     ends, made = end_tokens(model, tokenizer), {}
+    control = {number: piece.content for number, piece in tokenizer.added_tokens_decoder.items() if piece.special}
     with Progress("texts generated", len(wanted), status) as progress:
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
@@ -168,6 +170,7 @@ def generate(
                 "ended": stop is not None,
                 "seed": seeds[place],
                 "cut": cut[prompt],
+                "control": sorted({control[token] for token in new[:stop] if token in control}),
             }
         )
     return rows

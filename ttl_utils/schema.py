@@ -422,15 +422,24 @@ class Evaluation(Section):
 
 
 class Chat(Optimisation):
+    # the weights' hash is the identity, not the place they came from
+    base_model: str | None = free(None)
+    base_model_revision: str | None = free(None)
+    faithful: bool
     user_open: str
     user_close: str
     num_train_epochs: Positive
-    prompts: list[str]
+    prompts: list[str] = Field(min_length=1)
+    samples: Positive
     max_new_tokens: Positive
     temperature: Annotated[float, Field(gt=0)]
     top_k: Positive
     top_p: Share
     repetition_penalty: Annotated[float, Field(gt=0)]
+
+    def sampling(self) -> Generation:
+        """How answers are drawn."""
+        return Generation(code_prompts=[], toxicity=None, **self.model_dump(include=set(Generation.model_fields)))
 
 
 class Carbon(Section):

@@ -1,4 +1,4 @@
-"""What stage 04 evaluates: the run's own model, or any causal language model of a folder or of the hub."""
+"""A model that the parameters name: the run's own, or any causal language model of a folder or of the hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,35 +57,40 @@ class Subject:
     context: int
 
 
-def subject_of(run: Run, under_way: bool = False) -> Subject:
-    """What `evaluation.model` names, or what stage 03 made; its newest whole checkpoint where that is `under_way`.
+def _named(params: Params, key: str) -> tuple[str | None, str | None]:
+    """The model and its revision."""
+    return attrgetter(key, f"{key}_revision")(params)
+
+
+def subject_of(run: Run, under_way: bool = False, key: str = KEY) -> Subject:
+    """What the key names, or what stage 03 made; its newest whole checkpoint where that is `under_way`.
 
     Raises:
         MissingStage: stage 03 is not finished, or has no whole checkpoint yet.
         SourceError: the model cannot be had, is damaged, is no causal language model, or lacks its tokenizer.
     """
-    settings = run.params.evaluation
-    if settings.model is None:
+    name, revision = _named(run.params, key)
+    if name is None:
         return _own(run, under_way)
-    folder = hub.local_model(settings.model, settings.model_revision, KEY)
-    origin = "folder" if Path(settings.model).expanduser().is_dir() else "hub"
-    return _opened(settings.model, folder, origin, f"{KEY} {settings.model!r}")
+    folder = hub.local_model(name, revision, key)
+    origin = "folder" if Path(name).expanduser().is_dir() else "hub"
+    return _opened(name, folder, origin, f"{key} {name!r}")
 
 
-def fingerprint(params: Params, recorded: dict | None = None) -> dict | None:
-    """What `evaluation.model` adds to the stage's identity: the model itself, not the place it came from.
+def fingerprint(params: Params, recorded: dict | None = None, key: str = KEY) -> dict | None:
+    """What the named model adds to the stage's identity: the model itself, not the place it came from.
 
     `recorded` is what it was when the work began: it stands where the source cannot be had any more.
 
     Raises:
         SourceError: the source cannot be had, or holds no safetensors weights.
     """
-    settings = params.evaluation
-    if settings.model is None:
+    name, revision = _named(params, key)
+    if name is None:
         return None
     try:
-        folder = hub.local_model(settings.model, settings.model_revision, KEY)
-        return {"weights": hub.weight_hashes(folder, KEY), "beside_weights": beside_weights(_hashes(folder))}
+        folder = hub.local_model(name, revision, key)
+        return {"weights": hub.weight_hashes(folder, key), "beside_weights": beside_weights(_hashes(folder))}
     except SourceError:
         if recorded:
             return recorded
