@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pandas as pd
 
 from ttl_utils import paper, score_tables
 from ttl_utils.equivalents import car_km
-from ttl_utils.judged import Judged
+from ttl_utils.judged import Judged, published_params
 from ttl_utils.model import count_parameters
 from ttl_utils.paper import Figure
-from ttl_utils.params import load_params
 
 Value = Callable[[Judged], Any]
 
@@ -34,6 +33,7 @@ class Claim:
     rule: Callable[[Judged], tuple[str, str] | None] = lambda run: None
 
 
+@cache
 def items() -> pd.DataFrame:
     """The paper's tables and figures, and the sections that print values beside them, in its order."""
     return paper.table("items").set_index("item")
@@ -42,10 +42,11 @@ def items() -> pd.DataFrame:
 def claims(item: str) -> Iterator[Claim]:
     """All but the curves, which are compared at many points."""
     yield from _TABLES.get(item, lambda: ())()
+    published = {size: paper.headline(size) for size in (*paper.SIZES, "both")}
     for metric, value_of in _MEASURED.get(item, {}).items():
-        for size in (*paper.SIZES, "both"):
-            if metric in (published := paper.headline(size)):
-                yield Claim(item, size, metric, published[metric], value_of)
+        for size in published:
+            if metric in published[size]:
+                yield Claim(item, size, metric, published[size][metric], value_of)
 
 
 def _at(path: str, convert: Callable[[float], float] = float) -> Value:
@@ -98,7 +99,7 @@ def _printed(name: str, size: str) -> dict[str, Any]:
 
 def _shape() -> Iterator[Claim]:
     for size in paper.SIZES:
-        params, printed = load_params({"size": size}), _printed("table2_architecture", size)
+        params, printed = published_params(size), _printed("table2_architecture", size)
         ours = params.model.model_dump() | {"vocab_size": params.tokenizer.vocab_size}
         ours["parameters, counted"] = count_parameters(params.model, params.tokenizer.vocab_size)
         printed["parameters, counted"] = int(paper.headline(size)["parameters"].value)
@@ -117,7 +118,7 @@ def _training() -> Iterator[Claim]:
         "flash_attention_2": partial(choice, key="03_pretraining.attention", chosen=("flash_attention_2",)),
     }
     for size in paper.SIZES:
-        params = load_params({"size": size})
+        params = published_params(size)
         ours = params.pretraining.model_dump()
         tokens = ours["per_device_train_batch_size"] * params.model.max_position_embeddings
         ours["gradient_accumulation_steps"] = ours["tokens_per_step"] // tokens
@@ -136,13 +137,15 @@ def _scores(item: str, prefix: str, tasks: dict[str, str]) -> Iterator[Claim]:
 
     def in_errors(run: Judged, task: str) -> tuple[str, str] | None:
         row = run.scores.loc[task]
+        if row.verdict == "not run" and run.at("04_evaluation"):
+            return row.verdict, row.note
         if row.verdict not in ("reproduced", "close", "differs"):
             return None
         return row.verdict, f"{row['difference (points)']:+.2f} points; standard error {row.stderr:.2f}"
 
     def average(run: Judged) -> tuple[str, str] | None:
-        judged = all(in_errors(run, task) for task in tasks.values())
-        return None if judged else ("not comparable", "scores that are not judged themselves")
+        judged = [in_errors(run, task) for task in tasks.values()]
+        return None if all(judged) else ("not comparable", "scores that are not judged themselves")
 
     for size in paper.SIZES:
         published = paper.headline(size)
@@ -158,12 +161,14 @@ def _by_step() -> Iterator[Claim]:
         if column != "emissions_kg":
             return run.points(column).get(step)
         # at the intensity of the whole stage
-        energy, whole = run.points("energy_kwh").get(step), run.at("03_pretraining") or {}
-        return energy and whole.get("energy_kwh") and energy * whole["emissions_kg"] / whole["energy_kwh"]
+        energy_kwh, emissions_kg = (run.number(f"03_pretraining.{name}") for name in ("energy_kwh", "emissions_kg"))
+        so_far = run.points("energy_kwh").get(step)
+        return so_far * emissions_kg / energy_kwh if so_far and energy_kwh and emissions_kg else None
 
+    head = paper.headline("460m")
     for row in paper.table("table6_energy_460m").itertuples():
         for column in ("perplexity", "energy_kwh", "emissions_kg"):
-            figure = replace(paper.headline("460m")[column], value=getattr(row, column))
+            figure = replace(head[column], value=getattr(row, column))
             of_run = partial(at_step, step=row.step, column=column)
             yield Claim("Table 6", "460m", f"{column}, step {row.step:,}", figure, of_run)
 

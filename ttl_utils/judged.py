@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ttl_utils import hub, paper, score_tables
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.figures_pretraining import smoothed, smoothing_window
 from ttl_utils.files import read_json
-from ttl_utils.params import leaves, load_params
+from ttl_utils.params import Params, leaves, load_params
 from ttl_utils.records import read_records
 from ttl_utils.schema import Data
 
@@ -57,10 +57,7 @@ class Judged:
         """
         value = self.at(path)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise DamagedFile(
-                f"{self.folder / 'metrics.json'} is damaged: {path} is {str(value)[:40]!r} and not a number; "
-                "restore it from a copy, or leave this run out"
-            )
+            raise _damaged(self.folder / "metrics.json", f"{path} is no number")
         return value
 
     @cached_property
@@ -75,18 +72,32 @@ class Judged:
                 records = [{name: value for name, value in row.items() if not pd.isna(value)} for row in rows]
                 return [{**row, "step": int(row["step"])} for row in records]
             except (ValueError, KeyError) as error:
-                raise DamagedFile(f"{saved} is damaged ({error}): restore it, or leave this run out") from None
+                raise _damaged(saved, error) from None
         return records
 
+    @property
+    def tokens_per_step(self) -> float:
+        last = self.records[-1] if self.records else {}
+        return last["tokens"] / last["step"] if last.get("step") else math.nan
+
     def points(self, name: str) -> pd.Series:
-        """One column of the curve by step; `loss` smoothed as in figure 1(a). Not a number where the run diverged."""
-        stopped = math.nan if name == "loss" else None
-        found = {row["step"]: row.get(name, stopped if "not_finite" in row else None) for row in self.records}
+        """One column of the curve by step; not a number where the run diverged.
+
+        `loss` is smoothed as in figure 1(a); `arc` is that of the checkpoints, over all its items, in percent.
+        """
+        if name == "arc":
+            rows = self.at("04_evaluation.checkpoint_scores") or []
+            scores = {row["step"]: row["scores"].get("paper/arc_pt", {}) for row in rows}
+            whole = {"status": "done", "from_mirror": False, "limit": None}
+            found = {step: 100 * one["value"] for step, one in scores.items() if one.items() >= whole.items()}
+        else:
+            stopped = math.nan if name == "loss" else None
+            found = {row["step"]: row.get(name, stopped if "not_finite" in row else None) for row in self.records}
         points = pd.Series({step: value for step, value in found.items() if value is not None}, dtype=float)
         if name == "loss" and len(points):
-            window = smoothing_window(self.about.get("parameters", {}).get("pretraining", {}).get("max_steps") or 1)
-            points = pd.Series(smoothed(points.index, points, window), points.index)
-        return points
+            steps = self.about.get("parameters", {}).get("pretraining", {}).get("max_steps") or 1
+            points = pd.Series(smoothed(points.index, points, smoothing_window(steps)), points.index)
+        return points.sort_index()
 
     def scored(self) -> Judged:
         """The same run as the scores of stage 04 have it, which may be another model's: the authors' own weights."""
@@ -103,6 +114,12 @@ class Judged:
             self.size, {"harness": {}, "downstream": {}} | self.metrics.get("04_evaluation", {})
         )
         return rows[rows.table.isin(["table 4", "table 5"])].set_index("task")
+
+
+@cache
+def published_params(size: str) -> Params:
+    """Our parameter file for a published size."""
+    return load_params({"size": size})
 
 
 def known_runs(folder: Path) -> list[str]:
@@ -130,8 +147,12 @@ def load(name: str, folder: Path) -> Judged:
 def _table(path: Path) -> dict[str, dict]:
     found = read_json(path) if path.is_file() else {}
     if not isinstance(found, dict):
-        raise DamagedFile(f"{path} is damaged (no table of values): restore it from a copy, or leave this run out")
+        raise _damaged(path, "no table of values")
     return found
+
+
+def _damaged(path: Path, what: object) -> DamagedFile:
+    return DamagedFile(f"{path} is damaged ({what}): restore it from a copy, or leave this run out")
 
 
 def _configuration(parameters: dict, metrics: dict) -> tuple[str | None, str | None, str]:
@@ -141,7 +162,7 @@ def _configuration(parameters: dict, metrics: dict) -> tuple[str | None, str | N
     ours = dict(leaves(parameters))
     differing = {}
     for size in paper.SIZES:
-        published = load_params({"size": size})
+        published = published_params(size)
         theirs = published.flat()
         keys = [*(key for key in theirs if key.startswith("model.")), *_SAME]
         if ours.get("pretraining.block_size") == ours.get("model.max_position_embeddings"):

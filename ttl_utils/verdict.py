@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 from ttl_utils import paper, table_files
 from ttl_utils.claims import Claim, claims, items
 from ttl_utils.figures import draw_in
+from ttl_utils.figures_pretraining import TOKENS_PER_STEP
 from ttl_utils.figures_verdict import NAMES
 from ttl_utils.files import write_text
 from ttl_utils.judged import Judged, load
@@ -29,6 +30,8 @@ CURVES = {
     "Figure 1 (b)": ("validation_perplexity", "evaluation_log", "perplexity"),
     "Figure 2": ("harness_arc", "arc_460m", "arc"),
 }
+TOLD = """Of the values that a run has to measure, {} are reproduced, {} close, {} differ, {} are not comparable and {}
+not run. {} settings are in our parameter files as printed."""
 HOW = """A value of ours is judged only where configuration and data are the paper's: then it is *reproduced* within its
 tolerance, *close* within three times that, and else *differs*. Counts have to be exact, what the machine decides may
 lie 10% apart, scores two standard errors (close: four). Figures of another text, vocabulary or protocol are shown and
@@ -53,50 +56,61 @@ def _load(runs: Sequence[str], folder: Path) -> list[Judged]:
 def _judge(runs: list[Judged]) -> pd.DataFrame:
     rows = []
     for item in items().index:
-        rows += [row for claim in claims(item) for row in _rows(claim, runs)]
+        rows += [row for claim in claims(item) for row in _rows(claim, _values(claim, runs))]
         if item in CURVES:
-            rows += _curve_rows(item, runs)
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"difference": float})
+            rows += [row for size in _sizes(item) for row in _curve_rows(item, size, runs)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _rows(claim: Claim, runs: list[Judged]) -> list[dict]:
-    """A row for each run that has the value or ought to have it; where there is none, what would make it."""
-    if claim.setting is not None:
-        same = claim.setting == claim.figure.value
-        row = _row(
-            claim, None, claim.setting, "reproduced" if same else "differs", SETTING if same else "not as printed"
-        )
-        return [row | {"run": f"params/{claim.size}.yaml"}]
-    if claim.item in ("Table 4", "Table 5"):
-        runs = [run.scored() for run in runs]
-    if claim.size == "both" and claim.item != "Table 1":
-        return [_together(claim, runs)]
-    values = [(run, claim.value_of(run)) for run in runs if claim.size in (run.of, "both") or run.of is None]
-    found = [_judged(claim, run, ours) for run, ours in values if ours is not None or run.size == claim.size]
-    return found or [_judged(claim, None, None)]
+def _values(claim: Claim, runs: list[Judged]) -> list[tuple[Judged, Any]]:
+    """The runs that have this value, or that ought to have it."""
+    runs = [run.scored() for run in runs] if claim.item in ("Table 4", "Table 5") else runs
+    known = [(run, claim.value_of(run)) for run in runs]
+    if claim.item == "Section 4.2" and claim.size == "both":
+        # the sum over a run of each size
+        parts = [next((part for part in known if part[0].size == size and part[1]), None) for size in paper.SIZES]
+        if None in parts:
+            return []
+        both = replace(parts[0][0], name=" + ".join(run.name for run, _ in parts))
+        return [(both, sum(ours for _, ours in parts))]
+    about = [(run, ours) for run, ours in known if claim.size in (run.of, "both") or run.of is None]
+    return [(run, ours) for run, ours in about if ours is not None or run.size == claim.size]
 
 
-def _row(claim: Claim, run: Judged | None, ours: Any, verdict: str, reason: str, difference: float = math.nan) -> dict:
-    row = {"item": claim.item, "size": claim.size, "metric": claim.metric, "unit": claim.figure.unit}
-    row |= {"paper": claim.figure.value, "ours": ours, "run": run.name if run else "", "difference": difference}
-    return row | {"verdict": verdict, "reason": reason}
+def _rows(claim: Claim, values: list[tuple[Judged, Any]]) -> list[dict]:
+    """A row for each run, or the one that says what would make one."""
+    rows = []
+    for run, ours in values or [(None, claim.setting)]:
+        verdict, reason, difference = _verdict(claim, run, ours)
+        name = run.name if run else "" if ours is None else f"params/{claim.size}.yaml"
+        figure = (claim.figure.unit, claim.figure.value)
+        told = (claim.item, claim.size, claim.metric, *figure, ours, name, difference, verdict, reason)
+        rows.append(dict(zip(COLUMNS, told, strict=True)))
+    return rows
 
 
-def _judged(claim: Claim, run: Judged | None, ours: Any) -> dict:
-    figure = claim.figure
+def _verdict(claim: Claim, run: Judged | None, ours: Any) -> tuple[str, str, float]:
+    """Verdict, reason, and the difference in percent."""
     if ours is None:
-        command = f"ttl run {'160m' if claim.size == 'both' else claim.size}"
-        command += f" --run {run.name}" if run and run.name != claim.size else ""
-        return _row(claim, run, None, "not run", f"`{command} --to {items().stage[claim.item][:2]}`")
-    if run.size is None or claim.size not in (run.size, "both"):
-        return _row(claim, run, ours, "not comparable", run.why)
-    if isinstance(figure.value, str | bool):
-        return _row(
-            claim, run, ours, *(("reproduced", "as printed") if ours == figure.value else ("differs", "otherwise"))
-        )
-    difference, verdict = paper.judge(float(ours), figure)
+        rule = claim.rule(run) if run else None
+        reason = rule[1] if rule and rule[0] == "not run" else _command(claim, run)
+        return "not run", reason, math.nan
+    if run and (run.size is None or claim.size not in (run.size, "both")):
+        return "not comparable", run.why, math.nan
+    if run is None or isinstance(claim.figure.value, str | bool):
+        same = ours == claim.figure.value
+        reason = SETTING if run is None else "as printed"
+        return ("reproduced", reason, math.nan) if same else ("differs", f"not {reason}", math.nan)
+    difference, verdict = paper.judge(float(ours), claim.figure)
     verdict, reason = claim.rule(run) or (verdict, _reason(claim, ours, verdict))
-    return _row(claim, run, ours, verdict, reason, difference)
+    return verdict, reason, difference
+
+
+def _command(claim: Claim, run: Judged | None) -> str:
+    """What makes the value."""
+    sizes = {"both": paper.SIZES[:1] if claim.item == "Table 1" else paper.SIZES}.get(claim.size, (claim.size,))
+    named = f" --run {run.name}" if run and run.name != claim.size else ""
+    return ", ".join(f"`ttl run {size}{named} --to {items().stage[claim.item][:2]}`" for size in sizes)
 
 
 def _reason(claim: Claim, ours: float, verdict: str) -> str:
@@ -110,59 +124,38 @@ def _reason(claim: Claim, ours: float, verdict: str) -> str:
     return f"{times} {claim.figure.tolerance:g}%"
 
 
-def _together(claim: Claim, runs: list[Judged]) -> dict:
-    """The sum over one run of each published size."""
-    known = [run for run in runs if claim.value_of(run) is not None]
-    parts = [next((run for run in known if run.size == size), None) for size in paper.SIZES]
-    if None in parts:
-        needed = ", ".join(f"`ttl run {size} --to 03`" for size in paper.SIZES)
-        return _row(claim, None, None, "not run", f"a run of each size: {needed}")
-    both = replace(parts[0], name=" + ".join(run.name for run in parts))
-    return _judged(claim, both, sum(claim.value_of(run) for run in parts))
+def _sizes(item: str) -> Sequence[str]:
+    return ("460m",) if item == "Figure 2" else paper.SIZES
 
 
-def curve(run: Judged, column: str) -> pd.Series:
-    """A column of the run's curve by step; `arc` in percent, of the checkpoints that were scored."""
-    if column != "arc":
-        return run.points(column)
-    rows = run.at("04_evaluation.checkpoint_scores") or []
-    scores = {row["step"]: row["scores"].get("paper/arc_pt", {}) for row in rows}
-    done = {step: score["value"] for step, score in scores.items() if score.get("status") == "done"}
-    return 100 * pd.Series(done, dtype=float).sort_index()
-
-
-def published_curve(item: str, size: str) -> pd.Series:
+def _published(item: str, size: str) -> pd.Series:
     _, name, column = CURVES[item]
     table = paper.table(name)
     return (table[table["size"] == size] if "size" in table else table).set_index("step")[column].astype(float)
 
 
-def _curve_rows(item: str, runs: list[Judged]) -> Iterator[dict]:
+def _curve_rows(item: str, size: str, runs: list[Judged]) -> list[dict]:
     """Ours at the published points: where it lies farthest apart, and at the last one that it reached."""
-    metric, _, column = CURVES[item]
-    for size in ("460m",) if column == "arc" else paper.SIZES:
-        claim, published, rows = (
-            Claim(item, size, metric, paper.headline(size)[metric]),
-            published_curve(item, size),
-            [],
-        )
-        for run in runs:
-            points = curve(run, column)
-            steps = published.index[(published.index >= points.index.min()) & (published.index <= points.index.max())]
-            # scores go up and down: none is read between two checkpoints
-            steps = steps[steps.isin(points.index)] if column == "arc" else steps
-            if run.size != size or not len(steps):
-                ours = points.iloc[-1] if len(points) and run.size != size else None
-                rows += _rows(replace(claim, value_of=lambda run, ours=ours: ours), [run])
-                continue
-            ours, theirs = pd.Series(np.interp(steps, points.index, points), steps), published[steps]
-            # not a number lies farthest of all
-            farthest = ((ours - theirs) / theirs).abs().fillna(math.inf).idxmax()
-            for told, step in (("largest difference", farthest), ("last point", steps[-1])):
-                figure = replace(claim.figure, value=theirs[step])
-                point = replace(claim, metric=f"{metric}, {told} (step {step:,})", figure=figure)
-                rows.append(_judged(point, run, float(ours[step])))
-        yield from [row for row in rows if row["run"]] or [_judged(claim, None, None)]
+    (metric, _, column), published, rows = CURVES[item], _published(item, size), []
+    claim = Claim(item, size, f"{metric}, last point", paper.headline(size)[metric])
+    for run in runs:
+        points = run.points(column)
+        steps = published.index[(published.index >= points.index.min()) & (published.index <= points.index.max())]
+        # scores go up and down: none is read between two checkpoints
+        steps = steps[steps.isin(points.index)] if column == "arc" else steps
+        if run.size != size or not len(steps):
+            last = points.iloc[-1] if len(points) and run.size != size else None
+            values = _values(replace(claim, value_of=lambda run, last=last: last), [run])
+            rows += _rows(claim, values) if values else []
+            continue
+        ours, theirs = pd.Series(np.interp(steps, points.index, points), steps), published[steps]
+        # not a number lies farthest of all
+        farthest = ((ours - theirs) / theirs).abs().fillna(math.inf).idxmax()
+        for told, step in (("largest difference", farthest), ("last point", steps[-1])):
+            figure = replace(claim.figure, value=theirs[step])
+            point = replace(claim, metric=f"{metric}, {told} (step {step:,})", figure=figure)
+            rows += _rows(point, [(run, float(ours[step]))])
+    return rows or _rows(claim, [])
 
 
 # the page
@@ -174,7 +167,8 @@ def page(runs: Sequence[str], folder: Path | None = None) -> Path:
     judged, place = _load(runs, folder), folder / "verdict"
     table, titles = _judge(judged), items()
     counts = summary(table)
-    parts = ["# The paper against ours", _told(table), _markdown(counts), HOW, "## The runs", _runs(judged)]
+    told = TOLD.format(*counts.iloc[-1][[*VERDICTS, "settings as printed"]])
+    parts = ["# The paper against ours", told, _markdown(counts), HOW, "## The runs", _runs(judged)]
     table_files.save(place / "tables", "summary", counts, "Values of the paper by verdict")
     for item, rows in table.groupby("item", sort=False):
         about, name = titles.loc[item], NAMES.get(item, re.sub(r"\W", "_", item.lower()))
@@ -218,15 +212,6 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return counts.rename_axis("item").reset_index()
 
 
-def _told(table: pd.DataFrame) -> str:
-    counts = summary(table).set_index("item").loc["all"]
-    return (
-        f"{len(table)} rows: of the values that a run has to measure, {counts['reproduced']} are reproduced, "
-        f"{counts['close']} close, {counts['differs']} differ, {counts['not comparable']} are not comparable and "
-        f"{counts['not run']} not run. {counts['settings as printed']} settings are in our parameter files as printed."
-    )
-
-
 def _runs(runs: list[Judged]) -> str:
     if not runs:
         return "None was given."
@@ -243,22 +228,15 @@ def _runs(runs: list[Judged]) -> str:
 
 def _drawn(item: str, runs: list[Judged]) -> pd.DataFrame:
     """Over tokens: the published curves, and those of the runs."""
-    column, parts = CURVES[item][2], []
-    for size in ("460m",) if column == "arc" else paper.SIZES:
-        tokens_per_step = paper.headline(size)["tokens"].value / paper.headline(size)["steps"].value
-        parts.append(("published", size, published_curve(item, size), tokens_per_step))
-    for run in runs:
-        last = next((row for row in reversed(run.records) if row["step"]), None)
-        if last:
-            parts.append(("ours", run.name, curve(run, column), last["tokens"] / last["step"]))
+    parts = [("published", size, _published(item, size), TOKENS_PER_STEP) for size in _sizes(item)]
+    parts += [("ours", run.name, run.points(CURVES[item][2]), run.tokens_per_step) for run in runs]
     rows = [
-        {"kind": kind, "curve": name, "step": step, "tokens": step * factor, "value": value}
-        for kind, name, points, factor in parts
+        {"kind": kind, "curve": name, "step": step, "tokens": step * tokens_per_step, "value": value}
+        for kind, name, points, tokens_per_step in parts
         for step, value in points.items()
-        # a logarithmic axis has no zero
-        if step
     ]
-    return pd.DataFrame(rows)
+    # a logarithmic axis has no zero
+    return pd.DataFrame(rows)[lambda rows: rows.step > 0]
 
 
 def _commands(table: pd.DataFrame) -> str:
