@@ -1,11 +1,12 @@
 # make nano: set up and run the whole paper at nano size.  make test: set up and pass the tests.
+# make reference: a fresh run of nano for outputs/reference/, and its figures in the READMEs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # without a GPU: make nano TORCH_INDEX=<address of the CPU wheels, from PyTorch's installation page>
 TORCH_INDEX ?=
 
-.PHONY: nano test lint lab
+.PHONY: nano test lint lab reference
 nano: $(VENV)/.ready
 	$(BIN)/ttl run nano
 
@@ -16,6 +17,9 @@ test: $(VENV)/.ready-test
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+reference: $(VENV)/.ready
+	$(BIN)/python -m ttl_utils.reference
 
 lab: $(VENV)/.ready
 	$(BIN)/jupyter lab --notebook-dir=notebooks
