@@ -31,16 +31,13 @@ def forecast(records: Sequence[dict], max_steps: int, share: float = SHARES[0], 
         (new["step"] - old["step"], new["energy_kwh"] - old["energy_kwh"], "validation_loss" in new)
         for old, new in pairwise([first, *rows])
     ]
-    # an evaluation's record follows the step's own
-    evaluations = [kwh for steps, kwh, evaluated in between if evaluated and kwh > 0] or [first["energy_kwh"]]
     training = [(steps, kwh) for steps, kwh, evaluated in between if not evaluated]
-    step, spent = rows[-1]["step"], rows[-1]["energy_kwh"]
     per_step = sum(kwh for _, kwh in training) / max(sum(steps for steps, _ in training), 1)
+    evaluations = [kwh - steps * per_step for steps, kwh, evaluated in between if evaluated][rows[0]["step"] == 0 :]
+    step, spent = rows[-1]["step"], rows[-1]["energy_kwh"]
     # the one at this very step is still to come, and the last step has one in any case
-    left = (
-        math.ceil(max_steps / eval_steps) - math.ceil(step / eval_steps) + (step % eval_steps == 0) if eval_steps else 0
-    )
-    total = spent + per_step * (max_steps - step) + left * float(np.mean(evaluations))
+    left = math.ceil(max_steps / eval_steps) - (step - 1) // eval_steps if eval_steps else 0
+    total = spent + per_step * (max_steps - step) + left * float(np.mean(evaluations or [first["energy_kwh"]]))
     return {"step": step, "share": step / max_steps, "spent_kwh": spent, "energy_kwh": total}
 
 
@@ -74,7 +71,7 @@ def returns(points: pd.DataFrame) -> pd.DataFrame:
     if len(trained) > 2 and np.isfinite(trained.perplexity).all():
         energy, loss = trained.energy_kwh, np.log(trained.perplexity)
         line = np.interp(energy, energy.iloc[[0, -1]], loss.iloc[[0, -1]])
-        if (line - loss).max() > 0:
+        if (line - loss).max() > 1e-9:
             rows.loc[(line - loss).idxmax(), "diminishing"] = True
     return rows
 

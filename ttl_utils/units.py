@@ -40,6 +40,7 @@ NAMES = {
     "share_of_energy": "share (%)",
     "share_of_peak": "share of peak (%)",
     "share": "share of the steps (%)",
+    "share_of": "share as in",
     "times_ours": "times ours",
     "gpu": "GPU",
     "diminishing": "returns diminish",

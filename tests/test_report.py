@@ -1,0 +1,189 @@
+"""Stage 06: the bill, its tables and pages, from a ledger and a curve that tests write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from datetime import UTC, datetime
+
+import nbformat
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.test_forecast import records
+from tests.test_ledger import rows_of, write
+from ttl_utils import carbon, pipeline, report, report_page, table_files, units
+from ttl_utils.files import read_json, write_json
+from ttl_utils.params import load_params
+from ttl_utils.run import Run
+
+WATTS = 100.0
+STEPS = 12
+
+
+def make(tiny, outputs, patch):
+    """A finished stage 03 of 12 steps and 120 s at 100 W, 30 s of them on two evaluations and a start."""
+    patch.setenv("TTL_OUTPUTS", str(outputs))
+    patch.setattr(carbon, "track", lambda *_, **__: contextlib.nullcontext(carbon.EnergySession()))
+    run = Run(load_params({"file": tiny.file, "pretraining": {"max_steps": STEPS, "eval_steps": 6}}))
+    stage = run.stage("03_pretraining")
+    kwh = WATTS / 3.6e6
+    rows = records(STEPS, 7.5 * kwh, 10 * kwh, eval_steps=6, logging_steps=1)
+    for at, row in enumerate(rows):
+        row |= {"tokens": row["step"] * 256}
+        if "validation_loss" in row:
+            row["perplexity"] = [500.0, 60.0, 40.0][at // 7]
+    stage.folder.mkdir(parents=True)
+    (stage.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begun = datetime(2026, 1, 1, tzinfo=UTC).isoformat(timespec="seconds")
+    for each in (stage, run.stage("01_data")):
+        write_json(each.folder / "stage.json", {"identity": stage.identity(), "started": begun})
+    write_json(stage.folder / "checkpoints" / "step-0000006" / "state.json", {"step": 6, "energy_kwh": 66 * kwh})
+    write(
+        run.folder,
+        rows_of("a", 0, 50, stage="01_data", every_s=1) + rows_of("b", 60, 120, every_s=1, intensity_g_per_kwh=400.0),
+    )
+    metrics = {"energy_kwh": 120 * kwh, "emissions_kg": 120 * kwh * 0.4, "duration_s": 120.0, "tokens": STEPS * 256}
+    stage.finish(metrics, {"curve": [stage.folder / "metrics.jsonl"]})
+    return run
+
+
+@pytest.fixture
+def run(tiny, tmp_path, monkeypatch):
+    return make(tiny, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(tiny, tmp_path_factory):
+    """The run and its stage 06, to read."""
+    with pytest.MonkeyPatch.context() as patch:
+        run = make(tiny, tmp_path_factory.mktemp("outputs"), patch)
+        return run, report.carbon_report(run)
+
+
+def test_the_figures_add_up(made):
+    run, stage = made
+    metrics = stage.metrics()
+    kwh = WATTS / 3.6e6
+    assert metrics["energy_kwh"] == pytest.approx(170 * kwh) and metrics["duration_s"] == pytest.approx(170)
+    assert metrics["emissions_kg"] == pytest.approx(170 * kwh * 0.4)
+    assert metrics["car_km"] == pytest.approx(carbon.car_km(metrics["emissions_kg"]))
+    assert metrics["measured_kwh"] == pytest.approx(metrics["energy_kwh"] / 2)
+    assert metrics["kwh_per_billion_tokens"] == pytest.approx(120 * kwh / (STEPS * 256) * 1e9)
+    assert metrics["of_other_runs_kwh"] == metrics["set_aside_kwh"] == 0
+    shares = {row["stage"]: row["share_of_energy"] for row in metrics["stages"]}
+    assert shares == pytest.approx({"01_data": 50 / 170, "03_pretraining": 120 / 170})
+    points = pd.DataFrame(metrics["checkpoints"])
+    assert points.step.tolist() == [0, 6, 12] and points.checkpoint_kwh.dropna().tolist() == [pytest.approx(66 * kwh)]
+    assert points.emissions_kg.tolist() == pytest.approx((points.energy_kwh * 0.4).tolist())
+    # the whole is known from the first record of a step
+    (first, *_) = metrics["forecast"]
+    assert first["step"] == 1 and first["energy_kwh"] == pytest.approx(120 * kwh)
+    assert first["energy_error"] == pytest.approx(0, abs=1e-6) and first["duration_error"] == pytest.approx(0, abs=1)
+    assert read_json(run.folder / "metrics.json")["06_carbon_report"] == metrics
+
+
+def test_the_pages_hold_the_tables_and_ask_for_nothing(made):
+    run, stage = made
+    text, page = ((stage.folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
+    found = report_page.tables(run, stage.metrics())
+    for name, (frame, caption) in found.items():
+        assert table_files.markdown(frame) in text and caption in text, name
+        for kind in ("md", "csv", "tex"):
+            assert (run.folder / "tables" / f"{name}.{kind}").is_file()
+    assert "**not comparable**" in text and "not comparable" in page
+    assert len(re.findall("data:image/png;base64,", page)) == text.count("![") == 4
+    assert not re.search(r"""(?:src|href)=["']?(?!["']?data:)|url\(|@import|<script""", page)
+    assert page.count("<table>") == len(found)
+    # every number with its unit, none as a share of peak above 100
+    assert all("(" in name for frame, _ in found.values() for name in frame if "energy" in name)
+    for frame, _ in found.values():
+        for name in frame.columns.intersection(["share of peak (%)"]):
+            assert frame[name].between(0, 100).all()
+
+
+def test_contradictions_stand_where_they_touch(made):
+    text = (made[1].folder / "report.md").read_text(encoding="utf-8")
+    sections = {part.split("\n")[0]: part for part in text.split("\n## ")}
+    assert "115.69 kWh" in sections["Perplexity against energy"] and "41.31 kg" in sections["Perplexity against energy"]
+    assert "47.7 W" in sections["The authors' logs through the same code"]
+    assert "North Rhine-Westphalia" in sections["What if"]
+    logs = sections["The authors' logs through the same code"]
+    assert all(figure in logs for figure in ("15.52", "112.97", "5.67", "41.29", "327.00", "328.92"))
+
+
+def test_a_forecast_is_there_while_the_run_is_under_way(run):
+    stage = run.stage("03_pretraining")
+    (stage.folder / "manifest.json").unlink()
+    lines = (stage.folder / "metrics.jsonl").read_text().splitlines()
+    (stage.folder / "metrics.jsonl").write_text("\n".join(lines[:3]) + "\n")
+    found = report.forecast_table(run)
+    assert found.step.tolist() == [1, 2] and found.energy_error.isna().all()
+    assert found.energy_kwh.tolist() == pytest.approx([120 * WATTS / 3.6e6] * 2)
+    assert found.duration_s.tolist() == pytest.approx([120] * 2, rel=0.01)
+
+
+def test_stages_of_another_run_and_work_beside_another_are_named(made):
+    run, metrics = made[0], made[1].metrics()
+    metrics["stages"][0] |= {"run": "other", "shared_s": 3.0}
+    metrics |= {"of_other_runs_kwh": metrics["stages"][0]["energy_kwh"], "set_aside_kwh": 1e-6}
+    frame = report_page.tables(run, metrics)["06_stages"][0]
+    assert {"run", "beside another (s)", "on folders set aside (Wh)"} <= set(frame)
+
+
+def test_an_executed_notebook_as_a_page_asks_for_nothing():
+    cells = [
+        nbformat.v4.new_markdown_cell("# A title\n\n$x$ and ![](data:image/png;base64,AA==)"),
+        nbformat.v4.new_code_cell(
+            "print(1)", outputs=[nbformat.v4.new_output("stream", text="mine\n")], execution_count=1
+        ),
+    ]
+    page = pipeline.notebook_page(nbformat.v4.new_notebook(cells=cells))
+    assert "A title" in page and "mine" in page
+    assert not re.search(r"""<script|(?:src|href)=["']?https?:|url\(["']?https?:|@import""", page)
+
+
+# units
+
+
+@pytest.mark.parametrize(
+    ("value", "ending", "text"),
+    [
+        (112.974, "_kwh", "113 kWh"),
+        (0.0017387, "_kwh", "1.74 Wh"),
+        (2e-5, "_kwh", "20 mWh"),
+        (0.0, "_kwh", "0 mWh"),
+        (41.29, "_kg", "41.3 kg"),
+        (0.000635, "_kg", "0.635 g"),
+        (224.5, "_s", "224 s"),
+        (139415.0, "_s", "38.7 h"),
+        (7100.0, "_s", "7,100 s"),
+    ],
+)
+def test_a_quantity_in_text(value, ending, text):
+    assert units.quantity(value, ending) == text
+
+
+@given(st.floats(1e-9, 1e6))
+def test_units_keep_the_value(kwh):
+    frame = units.readable(pd.DataFrame({"energy_kwh": [kwh, kwh / 7], "intensity_g_per_kwh": [1.0, 2.0]}))
+    (head, other) = frame.columns
+    factor = {"kWh": 1, "Wh": 1000, "mWh": 1e6}[re.search(r"\((\w+)\)", head)[1]]
+    assert frame[head].tolist() == pytest.approx([kwh * factor, kwh / 7 * factor])
+    assert frame[head].max() >= 0.1 or "mWh" in head
+    assert other == "intensity (g/kWh)" and frame[other].tolist() == [1, 2]
+
+
+def test_columns_of_one_kind_share_a_unit_and_rates_have_their_own():
+    frame = pd.DataFrame({"energy_kwh": [1.5], "cpu_kwh": [0.001], "kwh_per_point": [2e-6], "share": [0.5]})
+    assert units.readable(frame).iloc[0].to_dict() == pytest.approx(
+        {
+            "energy (kWh)": 1.5,
+            "CPU (kWh)": 0.001,
+            "energy per perplexity point (mWh)": 2.0,
+            "share of the steps (%)": 50,
+        }
+    )
