@@ -5,19 +5,21 @@ Each figure comes from the run's files; what was not measured says so.
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shlex
 from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from safetensors import safe_open
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ttl_utils import licences, tables
-from ttl_utils.carbon import stage_totals
 from ttl_utils.files import read_json
-from ttl_utils.hub import weight_files
+from ttl_utils.ledger import PARTS, stage_totals
 from ttl_utils.memorisation import sentence
 from ttl_utils.schema import Optimisation
 from ttl_utils.score_tables import scores
@@ -29,15 +31,12 @@ if TYPE_CHECKING:
     from ttl_utils.run import Run, Stage
 
 # the hub's names for licences: ours in small letters with hyphens
-HUB_LICENCES = (
-    *(f"cc-by-{rest}" for rest in ("2.0", "3.0", "4.0", "sa-3.0", "sa-4.0", "nc-3.0", "nc-4.0", "nd-4.0")),
-    *("cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc0-1.0", "odc-by"),
-    *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "mpl-2.0"),
-)
-_PARTS = ("cpu", "gpu", "ram")
+HUB_LICENCES = re.compile(r"cc-by(-nc)?(-sa|-nd)?-[234]\.0|cc0-1\.0|odc-by|apache-2\.0|mit|bsd-[23]-clause|mpl-2\.0")
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_TRAINED = ("steps", "tokens", "epochs", "tokens_per_second", "duration_s", "device", "precision", "attention")
 _SETTINGS = {*Optimisation.model_fields, "max_steps", "num_train_epochs", "block_size", "isolate_documents", "faithful"}
+_TRAINED = ("steps", "tokens", "epochs", "tokens_per_second", "duration_s", "device", "precision", "attention")
+_WHEN = ("before", "after")
+_NOT_COMPARABLE = " has none of the paper's configurations: the results are **not comparable with the paper**."
 _SPENT = ("energy_kwh", "measured_kwh", "modelled_kwh", "emissions_kg", "duration_s")
 
 
@@ -61,20 +60,17 @@ def licence_of(run: Run, name: str) -> dict[str, Any]:
         }
     names = sorted(found)
     slug = re.sub(r"\s+", "-", names[0].lower()) if len(names) == 1 else ""
-    known = slug if slug in HUB_LICENCES else "other"
+    known = slug if HUB_LICENCES.fullmatch(slug) else "other"
     return {"license": known, "licences": names, "allowed": licences.combined(names)["summary"]}
 
 
 def licence_text(run: Run, name: str) -> str:
     """Each licence and what they allow together, in Markdown."""
     about = licence_of(run, name)
-    found = [licences.look_up(one) for one in about["licences"]]
-    table = pd.DataFrame(
-        [(one, known.model_use, known.note) for one, known in zip(about["licences"], found, strict=True)],
-        columns=["licence of texts", "use of a model", "note"],
-    )
+    rows = [(one, licences.look_up(one).model_use, licences.look_up(one).note) for one in about["licences"]]
+    table = markdown(pd.DataFrame(rows, columns=["licence of texts", "use of a model", "note"]))
     named = [f"{source.name} ({source.dataset or source.package or 'files'})" for source in _sources(run, name)]
-    return f"{about['allowed']}\n\n{markdown(table)}\n\nSources: {', '.join(named)}."
+    return f"{about['allowed']}\n\n{table}\n\nSources: {', '.join(named)}."
 
 
 def _short(name: str) -> str:
@@ -90,67 +86,64 @@ def _sources(run: Run, name: str) -> list[Any]:
 def model_card(run: Run, name: str, stage: Stage, repository: str | None, memorised: dict, names: list[str]) -> str:
     """The card with its front matter; `repository` as OWNER/NAME where it is known, `names` of the files beside it."""
     config, figures, manifest = read_json(stage.folder / "model" / "config.json"), stage.metrics(), stage.manifest()
-    totals = stage_totals(stage.folder.parent / "energy.jsonl")
-    spent = next(iter(totals[totals.stage == stage.name].to_dict("records")), {})
     machine = read_json(stage.folder.parent / "run.json")["machine"]
     hardware = f"{figures.get('device', 'device not recorded')}; {machine['processor']}, {machine['cores']} cores"
-    results = _measured(run, name, figures)
-    foreign = name == "chat" and run.params.chat.base_model
-    size = None if foreign else tables.is_paper_configuration(run)
-    it = "It" if name == "base" else "Its base model"
+    totals = stage_totals(stage.folder.parent / "energy.jsonl")
+    spent = next(iter(totals[totals.stage == stage.name].to_dict("records")), {})
+    if spent:
+        spent["methods"] = "; ".join(f"{part}: {spent[f'{part}_method']}" for part in PARTS)
+        spent["grid"] = f"{spent['country_iso_code']}, {spent['intensity_g_per_kwh']:.1f} g/kWh, as configured"
+    rows, results = (_base_results if name == "base" else _chat_results)(run)
+    data = _card_data(run, name, repository, spent, hardware, rows)
     chat, settings = run.params.chat, manifest["identity"]["pretraining" if name == "base" else "chat"]
-    prompt = chat.prompts[-1] if name == "chat" else run.params.pretraining.prompts[0]
-    ask = f'inputs = tokenizer("{prompt}", return_tensors="pt")'
-    if name == "chat":
-        ask = f'messages = [{{"role": "user", "content": "{prompt}"}}]\n'
-        ask += 'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)'
-    code = manifest["code"] or {}
+    size = None if name == "chat" and chat.base_model else tables.is_paper_configuration(run)
     shown = {key: config[key] for key in (*_SHAPE, "max_position_embeddings", "vocab_size")}
     shown |= {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
     shown |= {key: figures[key] for key in _TRAINED if key in figures}
+    made = {f"{key}": value for key, value in (manifest["code"] or {"commit": "unknown"}).items()}
+    made |= {
+        "finished": manifest["finished"],
+        "SHA-256 of the model's files": manifest["outputs"]["model"]["fingerprint"],
+    }
+    made |= {
+        "machine": f"{machine['system']}; {hardware}; {machine['memory_gib']} GiB of memory",
+        **manifest["versions"],
+    }
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(stage.folder / "model"))
     values = {
-        "title": (repository or f"{run.name}-{name}").split("/")[-1],
+        "title": data.model_name,
         "kind": "language model" if name == "base" else "chat model",
-        "parameters": _number(_count(stage)),
-        "context": _number(config["max_position_embeddings"]),
-        "comparable": f"{it} has the configuration of the paper's {size}."
-        if size
-        else f"{it} has none of the paper's configurations: the results are **not comparable with the paper**.",
+        "parameters": f"{model.num_parameters():,}",
+        "context": f"{config['max_position_embeddings']:,}",
+        "comparable": ("It" if name == "base" else "Its base model")
+        + (f" has the configuration of the paper's {size}." if size else _NOT_COMPARABLE),
         "place": repository or ".",
-        "ask": ask,
-        "prompt": prompt,
-        "gguf": next((file for file in names if file.endswith("f16.gguf")), "FILE.gguf"),
-        "flags": "--jinja" if name == "chat" else "-no-cnv",
-        **{key: getattr(chat, key) for key in ("max_new_tokens", "temperature", "top_k", "repetition_penalty")},
         "data": _data(run, name),
         "training": _table(shown),
-        "results": results["text"],
+        "results": results,
         "memorised": sentence(memorised),
         "energy": _energy(run, name, spent),
         "language": run.params.data.language,
         "licence": licence_text(run, name),
-        "provenance": _table(
-            {
-                "commit of the code": code.get("commit") or "unknown",
-                "all changes committed": code.get("clean"),
-                "finished": manifest["finished"],
-                "SHA-256 of the model's files": manifest["outputs"]["model"]["fingerprint"],
-                "machine": f"{machine['system']}; {hardware}; {machine['memory_gib']} GiB of memory",
-                **manifest["versions"],
-            }
-        ),
+        "provenance": _table(made),
+        **{key: getattr(chat, key) for key in ("max_new_tokens", "temperature", "top_k", "repetition_penalty")},
+        **_use(run, name, next((file for file in names if file.endswith("f16.gguf")), None)),
     }
-    data = _card_data(run, name, repository, spent, hardware, results["rows"])
     text = files("ttl_utils").joinpath("model_card.md").read_text(encoding="utf-8")
     return f"---\n{data.to_yaml()}\n---\n{Template(text).substitute(values)}"
 
 
-def _count(stage: Stage) -> int:
-    total = 0
-    for path in weight_files(stage.folder / "model", stage.name):
-        with safe_open(path, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())  # noqa: SIM118
-    return total
+def _use(run: Run, name: str, gguf: str | None) -> dict[str, str]:
+    """A first question to the model, for transformers and, where there is a file, for llama.cpp."""
+    prompt = run.params.chat.prompts[-1] if name == "chat" else run.params.pretraining.prompts[0]
+    text, ask = json.dumps(prompt, ensure_ascii=False), 'inputs = tokenizer({}, return_tensors="pt")'
+    if name == "chat":
+        ask = 'messages = [{{"role": "user", "content": {}}}]\n'
+        ask += 'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)'
+    flag = "--jinja" if name == "chat" else "-no-cnv"
+    command = f"```sh\nllama-cli -m {gguf} {flag} -p {shlex.quote(prompt)}\n```" if gguf else "No GGUF file was made."
+    return {"ask": ask.format(text), "command": command}
 
 
 def _number(value: Any) -> str:
@@ -166,32 +159,30 @@ def _table(values: dict[str, Any]) -> str:
     return markdown(pd.DataFrame(rows, columns=["what", "value"]))
 
 
-def _measured(run: Run, name: str, figures: dict) -> dict[str, Any]:
-    """Of the model itself: rows (task, data set, split, metric, value) for the hub, and the same with more to read."""
-    if name == "chat":
-        found = math.exp(figures["validation_loss_after"])
-        losses = {f"validation_loss_{when}": figures[f"validation_loss_{when}"] for when in ("before", "after")}
-        text = "Of held-out conversations, the answers alone (loss in nats a token, before and after fine-tuning):\n\n"
-        own = f"{run.name}-held-out-conversations"
-        rows = [("held-out conversations", own, "test", "perplexity", found)]
-        return {"rows": rows, "text": text + _table(losses | {"perplexity": found})}
+def _chat_results(run: Run) -> tuple[list[tuple], str]:
+    """Rows (task, data set, split, metric, value) for the hub, and what there is to read."""
+    losses = {f"validation_loss_{when}": run.stage("05_chat").metrics()[f"validation_loss_{when}"] for when in _WHEN}
+    found = math.exp(losses["validation_loss_after"])
+    text = "Answers of held-out conversations, before and after fine-tuning (loss in nats a token):\n\n"
+    rows = [("held-out conversations", f"{run.name}-held-out-conversations", "test", "perplexity", found)]
+    return rows, text + _table(losses | {"perplexity": found})
+
+
+def _base_results(run: Run) -> tuple[list[tuple], str]:
     stage = run.stage("04_evaluation")
     scored = stage.metrics() if stage.finished else {}
     # stage 04 may have judged another model
     scored = scored if scored.get("origin") == "this run" else {}
     plain = {key: scored.get(key) for key in ("perplexity", "bits_per_byte")}
-    text = f"Of held-out text:\n\n{_table(plain)}\n\nBenchmarks: not measured."
-    if scored and len(table := scores(scored)):
-        text = text.rpartition("\n\n")[0] + "\n\nIn percent, beside what a constant answer (or chance) scores:\n\n"
-        text += markdown(table)
-    own = f"{run.name}-held-out-text"
-    rows = [("held-out text", own, "test", key, value) for key, value in plain.items() if value is not None]
+    rows = [("held-out text", f"{run.name}-held-out-text", "test", key, found) for key, found in plain.items() if found]
     rows += [
         (key, row["dataset"] or row["task"], row["split"], row["metric"], row["value"])
         for key, row in scored.get("harness", {}).items()
         if row["status"] == "done"
     ]
-    return {"rows": rows, "text": text}
+    table = scores(scored) if scored else ()
+    said = f"in percent, beside what a constant answer (or chance) scores.\n\n{markdown(table)}" if len(table) else ""
+    return rows, f"Of held-out text:\n\n{_table(plain)}\n\nBenchmarks: {said or 'not measured.'}"
 
 
 def _data(run: Run, name: str) -> str:
@@ -214,14 +205,6 @@ def _data(run: Run, name: str) -> str:
     return "\n\n".join(said)
 
 
-def _methods(spent: dict) -> str:
-    return "; ".join(f"{part}: {spent[f'{part}_method']}" for part in _PARTS)
-
-
-def _intensity(spent: dict) -> str:
-    return f"{spent['country_iso_code']}, {spent['intensity_g_per_kwh']:.1f} g/kWh, as configured"
-
-
 def _energy(run: Run, name: str, spent: dict) -> str:
     if not spent:
         return "Not measured."
@@ -229,7 +212,7 @@ def _energy(run: Run, name: str, spent: dict) -> str:
     report = run.stage("06_carbon_report")
     whole = {f"{key} of the whole run": report.metrics()[key] if report.finished else None for key in _SPENT[::3]}
     table = _table({key: spent[key] for key in _SPENT} | whole)
-    return f"{what}. Measured or modelled: {_methods(spent)}. Grid: {_intensity(spent)}.\n\n{table}"
+    return f"{what}. Measured or modelled: {spent['methods']}. Grid: {spent['grid']}.\n\n{table}"
 
 
 def _card_data(
@@ -245,9 +228,9 @@ def _card_data(
         more["co2_eq_emissions"] = {
             # in grams, as the hub wants them
             "emissions": round(1000 * spent["emissions_kg"], 6),
-            "source": f"CodeCarbon ({_methods(spent)})",
+            "source": f"CodeCarbon ({spent['methods']})",
             "training_type": "pre-training" if name == "base" else "fine-tuning",
-            "geographical_location": _intensity(spent),
+            "geographical_location": spent["grid"],
             "hardware_used": hardware,
         }
     base = run.params.chat.base_model or (repository or "").removesuffix("-Chat")
@@ -264,6 +247,7 @@ def _card_data(
         eval_results=[
             EvalResult("text-generation", place, task, metric, round(value, 6), dataset_split=split)
             for task, place, split, metric, value in results
-        ],
+        ]
+        or None,
         **more,
     )

@@ -95,7 +95,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _send(folder: Path, repository: str, token: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     api = HfApi(token=token)
     try:
@@ -106,6 +106,6 @@ def _send(folder: Path, repository: str, token: str) -> None:
             f"{repository}: the hub refused ({reason(error)}). Check that HF_TOKEN may write there, then run again: "
             "what was sent is not sent twice"
         ) from None
-    except (OSError, OfflineModeIsEnabled) as error:
+    except (OSError, HTTPError) as error:
         raise TTLError(f"{repository}: the hub cannot be reached ({reason(error)}). Connect, and run again") from None
     print(f"sent: {sent.commit_url}")
