@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ttl_utils.comparison import compare, compare_command, report
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.params import load_params
+from ttl_utils.redraw import redraw
 
 NANO = load_params({})
 STEPS, LOGGED, TOKENS = 200, 10, 2048
@@ -155,7 +156,7 @@ def test_the_window_is_that_share_of_the_run_that_figure_1_takes(folder: Folder)
     assert "over 11% of the steps" in compare(["short", "long"], folder.path).figure.axes[0].get_title(loc="left")
     long = compare(["long"], folder.path)
     assert "over 44 steps" in long.figure.axes[0].get_title(loc="left")
-    saved = pd.read_csv(long.folder / "curves.csv")
+    saved = pd.read_csv(long.folder / "figures" / "curves.csv")
     assert saved.smoothed.notna().sum() == saved.loss.notna().sum() == 2 * STEPS / LOGGED
 
 
@@ -268,7 +269,7 @@ def test_what_is_saved(folder: Folder, capsys: pytest.CaptureFixture, monkeypatc
     compare_command(names[:2])
     place = folder.path / "comparisons" / "+".join(names[:2])
     assert str(place) in capsys.readouterr().out
-    assert {path.name for path in place.iterdir()} == {"curves.csv", "comparison.csv"}
+    assert {path.name for path in place.iterdir()} == {"figures", "comparison.csv"}
     # a name of bounded length, of its own for other runs, the same for the same
     folders = [
         compare(chosen, folder.path).folder.name for chosen in (names, names, [names[0], *names[:0:-1]], names[:-1])
@@ -281,8 +282,11 @@ def test_what_is_saved(folder: Folder, capsys: pytest.CaptureFixture, monkeypatc
 def test_the_pictures_are_saved(folder: Folder) -> None:
     folder.run("one", curve(3.0))
     place = compare(["one"], folder.path).folder
-    assert {path.name for path in place.iterdir()} == {"curves.png", "curves.svg", "curves.csv", "comparison.csv"}
-    assert (place / "curves.png").stat().st_size > 1000
+    pictures = {path.name: path.stat().st_size for path in (place / "figures").iterdir()}
+    assert pictures.keys() == {f"curves.{kind}" for kind in ("png", "svg", "pdf", "csv")}
+    assert min(pictures.values()) > 1000
+    # and can be drawn anew, as a run's
+    assert len(redraw(place / "figures", "pt", "column")) == 3
 
 
 def test_what_is_not_the_seed_alone_is_another_setting(folder: Folder) -> None:

@@ -11,11 +11,12 @@ import textwrap
 from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from ttl_utils.errors import TTLError
 from ttl_utils.files import write_bytes, write_text
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
     from ttl_utils.run import Run
 
@@ -57,7 +59,6 @@ STYLE = {
     "svg.fonttype": "none",
     # the same figure is the same file
     "svg.hashsalt": "ttl",
-    "pdf.fonttype": 42,
 }
 plt.rcParams.update(STYLE)
 SMALL = {
@@ -71,6 +72,8 @@ SMALL = {
     "lines.markersize": 3,
     "axes.linewidth": 0.6,
     "hatch.linewidth": 0.6,
+    # journals ask for fonts that can be edited; they take twice as long
+    "pdf.fonttype": 42,
 }
 # in cm: a column and a page of a journal
 WIDTHS = {"column": 8.6, "page": 17.8}
@@ -159,7 +162,7 @@ def subplots(count: int = 1, height: float = 3.4, beside: int = 2) -> tuple[Figu
     width, beside = _WIDTH.get(), min(count, beside)
     inches = 7.2 if count == 1 else 9.6
     if width != "notebook":
-        inches, height = WIDTHS[width] / 2.54, 0.72 * height
+        inches, height = WIDTHS[width] / 2.54, (0.72 if width == "column" else 0.8) * height
     if width == "column" and beside > 1:
         beside -= 1
     rows = math.ceil(count / beside)
@@ -196,38 +199,65 @@ def wrapped(name: str) -> str:
     return textwrap.fill(name, 22, break_long_words=False) if _WIDTH.get() == "column" else name
 
 
+def row_height(names: Sequence[str]) -> float:
+    """Inches of a row, in a notebook, beside whose axis the longest of these names has room."""
+    return 0.13 + 0.145 * (1 + max((name.count("\n") for name in names), default=0))
+
+
 def legend_below(figure: Figure, columns: int = 3, **what: Any) -> None:
     """A legend below the panels, of as many columns as fit."""
+    legend, fewer = _fitting(figure, columns, figure.bbox.width, loc="outside lower center", **what)
+    # the panels keep their height, which one line is in
+    lines = math.ceil(len(legend.get_texts()) / fewer) - 1
+    figure.set_figheight(figure.get_figheight() + lines * 1.5 * plt.rcParams["legend.fontsize"] / 72)
+
+
+def legend_below_axes(axes: Axes, columns: int = 3) -> None:
+    """The same below one panel, under the label of its axis."""
+    room = 0.85 * axes.figure.bbox.width / axes.get_subplotspec().get_gridspec().ncols
+    _fitting(axes, columns, room, loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=4.2)
+
+
+def _fitting(where: Figure | Axes, columns: int, room: float, **what: Any) -> tuple[Legend, int]:
     for fewer in range(columns, 0, -1):
-        legend = figure.legend(loc="outside lower center", ncols=fewer, **what)
-        if fewer == 1 or legend.get_window_extent().width <= figure.bbox.width:
+        legend = where.legend(ncols=fewer, **what)
+        if fewer == 1 or legend.get_window_extent().width <= room:
             break
         legend.remove()
-    count = len(legend.get_texts())
-    # the panels keep their height
-    lines = math.ceil(count / fewer) - math.ceil(count / columns)
-    figure.set_figheight(figure.get_figheight() + lines * 1.4 * plt.rcParams["legend.fontsize"] / 72)
+    return legend, fewer
 
 
 def _finish(figure: Figure) -> None:
-    """Decimal commas on plain axes, and lines in titles and labels that are longer than their panel."""
+    """Decimal commas on plain axes, fewer ticks where they crowd, and lines in what is longer than its panel."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if _LANGUAGE.get() == "pt" and type(axis.get_major_formatter()) is ScalarFormatter:
                 axis.set_major_formatter(_DecimalComma())
     figure.draw_without_rendering()
+    settled = True
     for axes in figure.axes:
-        place = axes.get_subplotspec()
-        columns = place.get_gridspec().ncols
-        left, right = (figure.bbox.width * edge / columns for edge in (place.colspan.start, place.colspan.stop))
+        boxes = [tick.label1.get_window_extent() for tick in axes.xaxis.get_major_ticks()]
+        gaps = [right.x0 - left.x1 for left, right in pairwise(boxes)]
+        if axes.get_xscale() == "linear" and min(gaps, default=math.inf) < small() / 2:
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+            settled = False
+        row = [other.bbox for other in figure.axes if other.bbox.y0 < axes.bbox.y1 and other.bbox.y1 > axes.bbox.y0]
+        before = max((box.x1 for box in row if box.x1 < axes.bbox.x0), default=-axes.bbox.x0)
+        after = min((box.x0 for box in row if box.x0 > axes.bbox.x1), default=figure.bbox.width)
         middle = (axes.bbox.x0 + axes.bbox.x1) / 2
+        side = min(middle - (before + axes.bbox.x0) / 2, (axes.bbox.x1 + after) / 2 - middle)
         for text, room in (
-            (axes._left_title, right - axes.bbox.x0),
-            (axes.xaxis.label, 2 * min(middle - left, right - middle)),
+            (axes._left_title, after - axes.bbox.x0 - small()),
+            (axes.xaxis.label, 2 * side),
+            (axes.yaxis.label, axes.bbox.height),
         ):
-            long = text.get_window_extent().width
+            long = max(text.get_window_extent().size)
             if long > room:
-                text.set_text(textwrap.fill(text.get_text(), int(len(text.get_text()) * room / long)))
+                text.set_text(textwrap.fill(text.get_text(), max(12, int(len(text.get_text()) * room / long))))
+                settled = False
+    if settled:
+        # once is enough: it takes longer than drawing
+        figure.set_layout_engine("none")
 
 
 # saving, and drawing anew

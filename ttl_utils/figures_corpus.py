@@ -23,6 +23,7 @@ from ttl_utils.figures import (
     legend_below,
     number,
     percent,
+    row_height,
     subplots,
     thousands,
     whole,
@@ -87,8 +88,8 @@ def _flow(table: pd.DataFrame) -> Figure:
     colours = dict(zip(parts, greys, strict=True)) | FOUND | KEPT
     parts |= {name: wide[name] for name in (*FOUND, *KEPT) if name in wide}
     total = wide.sum(axis=1)
-    figure, axes = subplots(height=1.5 + 0.42 * len(wide))
     names = [f"{wrapped(source)}\n{number(count, ',.0f')}" for source, count in total.items()]
+    figure, axes = subplots(height=1.1 + row_height(names) * len(wide))
     left = np.zeros(len(wide))
     for name, values in parts.items():
         share = (values / total.where(total > 0, 1)).to_numpy()

@@ -12,7 +12,20 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ttl_utils import paper
-from ttl_utils.figures import LIGHT, OURS, PAPER, PAPER_2, draw, draws, label, log_scale, percent, subplots, thousands
+from ttl_utils.figures import (
+    LIGHT,
+    OURS,
+    PAPER,
+    PAPER_2,
+    draw,
+    draws,
+    label,
+    legend_below_axes,
+    log_scale,
+    percent,
+    subplots,
+    thousands,
+)
 from ttl_utils.figures_findings import draw_findings
 from ttl_utils.health import Finding, findings
 from ttl_utils.progress import in_notebook
@@ -208,7 +221,7 @@ def _draw_loss(axes: Axes, data: pd.DataFrame) -> None:
     if len(curve) and len(found):
         draw_findings(axes, found, curve)
         # their labels stand where the legend would
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.17), ncols=3, borderaxespad=0)
+        legend_below_axes(axes)
     else:
         axes.legend()
 

@@ -20,6 +20,7 @@ from ttl_utils.figures import (
     legend_below,
     number,
     percent,
+    row_height,
     small,
     subplots,
     thousands,
@@ -93,7 +94,10 @@ def search(run: Run, table: pd.DataFrame) -> Figure:
 @draws("03_search")
 def _search(table: pd.DataFrame) -> Figure:
     """Tokens per second and memory of each row; those of the paper's claim (column `claim`) in its colour, hatched."""
-    figure, panels = subplots(2, height=1.2 + 0.34 * len(table))
+    # a parameter and its value, as in the file, need no translation
+    parts = [[part if ": " in part else label(part) for part in name.split(" = ")] for name in table.name]
+    names = [wrapped(" = ".join(words)) for words in parts]
+    figure, panels = subplots(2, height=1.2 + row_height(names) * len(table))
     places = np.arange(len(table))
     words = label("Training (red: the paper's claim)"), label("Memory at most")
     columns = ("tokens_per_second", label("tokens per second")), ("peak_memory_gib", "GiB")
@@ -101,9 +105,7 @@ def _search(table: pd.DataFrame) -> Figure:
         bars = axes.barh(places, table[column].fillna(0), color=np.where(table.claim, PAPER, OURS))
         for bar, claimed in zip(bars, table.claim, strict=True):
             bar.set(hatch="//" if claimed else "", edgecolor="white")
-        # a parameter and its value, as in the file, need no translation
-        names = [" = ".join(part if ": " in part else label(part) for part in name.split(" = ")) for name in table.name]
-        axes.set_yticks(places, map(wrapped, names))
+        axes.set_yticks(places, [""] * len(names) if axes.get_subplotspec().colspan.start else names)
         axes.set(title=title, xlabel=unit, ylim=(len(table) - 0.5, -0.5))
         axes.grid(axis="y", visible=False)
     for at, status in table.status[table.status != "ok"].items():

@@ -8,6 +8,8 @@ import io
 import pkgutil
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 import ttl_utils
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.figures import DRAWN, drawn, read_table, style_of
@@ -16,8 +18,6 @@ from ttl_utils.run import outputs_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pandas as pd
 
 
 def read_data(path: Path) -> pd.DataFrame:
@@ -30,9 +30,21 @@ def read_data(path: Path) -> pd.DataFrame:
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n") or len({len(row) for row in csv.reader(io.StringIO(text), strict=True)}) != 1:
             raise ValueError("a line of it was cut")
-        return read_table(text)
+        data = read_table(text)
+        for name, column in data.select_dtypes(exclude=["number", "bool"]).items():
+            words = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
+            if len(words) and 2 * len(words) <= column.notna().sum():
+                raise ValueError(f"{words.iloc[0]!r} among the numbers of {name}")
+        return data
     except (ValueError, csv.Error) as error:
         raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy, or make its stage anew") from None
+
+
+def load_all() -> None:
+    """Import every module that draws figures, so that `DRAWN` knows them."""
+    for module in pkgutil.iter_modules(ttl_utils.__path__, "ttl_utils."):
+        if module.name.startswith("ttl_utils.figures_"):
+            importlib.import_module(module.name)
 
 
 def redraw(folder: Path, language: str, width: str) -> list[Path]:
@@ -41,9 +53,7 @@ def redraw(folder: Path, language: str, width: str) -> list[Path]:
     Raises:
         TTLError: there is none, one is not known, or one's data are damaged or lack what is drawn.
     """
-    for module in pkgutil.iter_modules(ttl_utils.__path__, "ttl_utils."):
-        if module.name.startswith("ttl_utils.figures_"):
-            importlib.import_module(module.name)
+    load_all()
     paths = sorted(folder.glob("*.csv"))
     if not paths:
         raise TTLError(f"{folder} has no figure's data (*.csv): run the notebooks first")
