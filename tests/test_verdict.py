@@ -157,6 +157,7 @@ def test_verdicts_of_a_run_of_the_papers_configuration(small):
         ("Table 3", "tf32", "reproduced"),
         ("Table 3", "flash_attention_2", "differs"),
         ("Section 3.5", "tokens_per_second", "reproduced"),
+        ("Section 3.5", "tokens_per_second_peak", "not run"),
         ("Section 3.5", "duration_s", "differs"),
         ("Section 4.2", "energy_kwh", "reproduced"),
         ("Section 4.2", "emissions_kg", "close"),
@@ -202,7 +203,7 @@ def test_training_loss_is_compared_after_the_papers_smoothing(small):
 
 def test_arc_is_compared_at_common_checkpoints_alone(tmp_path):
     metrics = metrics_of("460m")
-    scores = {1_200_000: 0.294, 1_150_000: 0.2701 * 1.2, 1_140_000: 0.9}
+    scores = {1_200_000: 0.294, 1_150_000: 0.2701 * 1.2, 650_000: 0.9}
     whole = {"status": "done", "from_mirror": False, "limit": None, "differs": []}
     metrics["04_evaluation"]["checkpoint_scores"] = [
         {"step": step, "tokens": 8192 * step, "scores": {"paper/arc_pt": whole | {"value": value}}}
@@ -331,6 +332,13 @@ def test_a_variant_is_held_against_its_own_size_and_nano_against_both(small):
     assert sorted(found) == sorted([("160m", "160m", "reproduced"), *nano])
 
 
+def test_settings_are_counted_once_and_apart_from_runs(large):
+    assert (large.reason == SETTING).sum() == 44
+    counts = summary(large).set_index("item")
+    assert counts["settings as printed"]["all"] == 44 and counts["reproduced"]["Table 2"] == 2
+    assert counts.drop(columns="about").loc["all"].sum() == len(large)
+
+
 # runs under way, and faults
 
 
@@ -445,6 +453,7 @@ def test_the_verdict_follows_from_the_difference_alone(value, metric):
 
 def test_the_page_and_its_tables(small, capsys, monkeypatch):
     monkeypatch.setenv("TTL_OUTPUTS", str(small))
+    assert main(["verdict", "16m"]) == 1 and "160m" in capsys.readouterr().err and not (small / "verdict").exists()
     assert main(["verdict", "160m"]) == 0
     said = capsys.readouterr().out
     assert str(small / "verdict" / "verdict.html") in said and "not comparable" in said

@@ -66,7 +66,7 @@ _MEASURED: dict[str, dict[str, Value]] = {
     "Table 3": {name: _at(f"03_pretraining.{name}") for name in ("steps", "tokens")},
     "Section 3.5": {
         "tokens_per_second": _at("03_pretraining.tokens_per_second"),
-        "tokens_per_second_peak": lambda run: run.points("tokens_per_second").max() if run.records else None,
+        "tokens_per_second_peak": lambda run: max(run.points("tokens_per_second"), default=None),
         "duration_s": _at("03_pretraining.duration_s"),
     },
     "Section 4.2": {

@@ -174,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--repository", metavar="OWNER/NAME", help="on the hub; the chat model's ends in -Chat")
     export.add_argument("--dry-run", action="store_true", help="write the cards and list the files, send nothing")
     verdict = commands.add_parser("verdict", help="every table and figure of the paper against these runs, on one page")
-    verdict.add_argument("runs", nargs="+", metavar="RUN", help="a run of the outputs; reference/nano is one too")
+    verdict.add_argument("runs", nargs="*", metavar="RUN", help="a run of the outputs; reference/nano is one too")
     verdict.set_defaults(call=show_verdict)
     figures = commands.add_parser("figures", help="draw a run's figures anew from their saved data, for a paper")
     figures.add_argument("run")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING
 
-from ttl_utils.figures import COLOURS, OURS, PAPER, PAPER_2, draws, label, legend_below, log_scale, subplots, thousands
+from ttl_utils.figures import COLOURS, PAPER, PAPER_2, draws, label, legend_below, log_scale, subplots, thousands
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,14 +16,14 @@ PUBLISHED = {"160m": {"color": PAPER_2, "ls": "--"}, "460m": {"color": PAPER, "l
 
 
 def _curves(data: pd.DataFrame, measured: str, points: bool) -> Figure:
-    """A line for each `curve` (a published size, or a run) over `tokens`, both axes logarithmic for the loss's sake."""
+    """A line for each `curve` (a published size, or a run) over `tokens`, logarithmic: ours may be far smaller."""
     figure, axes = subplots()
-    ours = iter([OURS, *(colour for colour in COLOURS if colour not in (OURS, PAPER, PAPER_2))] * 3)
+    ours = cycle([colour for colour in COLOURS if colour not in (PAPER, PAPER_2)])
     for (kind, name), rows in data.groupby(["kind", "curve"], sort=False):
         if kind == "published":
             style, told = PUBLISHED[name], label("{}, published", str(name))
         else:
-            style, told = {"color": next(ours), "lw": 2.0, "alpha": 0.8}, label("{}, ours", str(name))
+            style, told = {"color": next(ours), "lw": 1.7, "alpha": 0.8}, label("{}, ours", str(name))
         axes.plot(rows.tokens, rows.value, marker="o" if points else None, label=told, **style)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(thousands)

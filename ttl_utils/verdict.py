@@ -64,6 +64,8 @@ def _judge(runs: list[Judged]) -> pd.DataFrame:
 
 def _values(claim: Claim, runs: list[Judged]) -> list[tuple[Judged, Any]]:
     """The runs that have this value, or that ought to have it."""
+    if claim.setting is not None:
+        return []
     runs = [run.scored() for run in runs] if claim.item in ("Table 4", "Table 5") else runs
     known = [(run, claim.value_of(run)) for run in runs]
     if claim.item == "Section 4.2" and claim.size == "both":
