@@ -175,7 +175,7 @@ def talk_in_terminal(run: Run) -> None:
             import readline  # noqa: F401 - input() then edits lines
     told = sys.stdout if tty else sys.stderr
     for language in ("pt", "en"):
-        print(words(language)["notice"], words(language)["commands"], sep="\n", end="\n\n", file=told)
+        print(words(language)["notice.value"], words(language)["commands"], sep="\n", end="\n\n", file=told)
     messages: list[dict] = []
     while True:
         try:
@@ -196,7 +196,7 @@ def talk_in_terminal(run: Run) -> None:
             print(error, file=sys.stderr)
             continue
         if dropped:
-            print(f"({words('pt')['dropped']} / {words('en')['dropped']})", file=told)
+            print(f"({words('pt')['dropped']} {words('en')['dropped']})", file=told)
         text = ""
         with contextlib.suppress(KeyboardInterrupt):
             for longer in stream(model, tokenizer, ids, settings, run.params.seed + len(messages) // 2):
