@@ -14,6 +14,7 @@ import sentencepiece as spm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.finished import finished
@@ -291,7 +292,7 @@ def test_a_disk_that_fills_leaves_the_earlier_file_and_no_part(copied, tmp_path,
         return real(*values)
 
     monkeypatch.setattr(gguf, "quantize", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(TTLError, match=r"m\.gguf cannot be written .*No space"):
         write(copied, path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
@@ -309,6 +310,38 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(copied, tmp_
     with pytest.raises(TTLError, match=r"no tokenizer\.model"):
         write(copied, tmp_path / "m.gguf")
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_control_token_that_pieces_make_up_and_missing_bytes_are_said(copied, tmp_path, capsys):
+    path = copied.folder / "model" / "tokenizer.model"
+    model = ModelProto.FromString(path.read_bytes())
+    write(copied, tmp_path / "m.gguf")
+    assert "llama.cpp" not in capsys.readouterr().out
+    pieces = [piece for piece in model.pieces if piece.type == piece.NORMAL]
+    pieces[0].piece, pieces[1].piece = "<s", ">"
+    for piece in model.pieces:
+        piece.type = 1 if piece.type == piece.BYTE else piece.type
+    path.write_bytes(model.SerializeToString())
+    writer = gguf.GGUFWriter(tmp_path / "n.gguf", "llama")
+    tokenizer = Spelt([piece.piece for piece in model.pieces])
+    gf._add_vocabulary(writer, tokenizer, copied.folder / "model", len(tokenizer))
+    said = capsys.readouterr().out
+    assert "'<s>' in a text" in said and "no pieces for bytes" in said
+
+
+class Spelt:
+    """A tokenizer of these pieces."""
+
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id, chat_template = 1, 2, 3, 0, None
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def __len__(self):
+        return len(self.pieces)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.pieces[number] for number in ids]
 
 
 def test_positions_of_another_kind_are_refused(copied, tmp_path):

@@ -30,7 +30,7 @@ LEDGER = {
     "gpu_method": "measured (NVML)", "ram_method": "none", "codecarbon_version": "3", "final": True,
 }  # fmt: skip
 SCORE = {
-    "status": "done", "metric": "acc", "value": 0.25, "stderr": 0.0625, "chance": 0.25, "constant_answer": 0.3125,
+    "status": "done", "metric": "acc", "value": 0.256, "stderr": 0.0625, "chance": 0.25, "constant_answer": 0.3125,
     "dataset": "owner/set", "config": None, "split": "test", "task": "arc_pt",
 }  # fmt: skip
 
@@ -152,8 +152,8 @@ def test_the_cards_fields_are_what_the_run_measured(run):
     results = fields["model-index"][0]["results"]
     found = {one["type"]: (row["dataset"]["type"], one["value"]) for row in results for one in row["metrics"]}
     own = "tiny-held-out-text"
-    assert found == {"perplexity": (own, 31.5), "bits_per_byte": (own, 1.25), "acc": ("owner/set", 0.25)}
-    for said in ("not comparable with the paper", "| arc_pt | 25.00 | 6.25 | 31.25 |", "petrogold"):
+    assert found == {"perplexity": (own, 31.5), "bits_per_byte": (own, 1.25), "acc": ("owner/set", 0.256)}
+    for said in ("not comparable with the paper", "| arc_pt | 25.60 | 6.25 | 31.25 |", "petrogold"):
         assert said in text
     metrics = run.stage("03_pretraining").metrics()
     assert f"{metrics['parameters']:,} parameters" in text
@@ -248,7 +248,19 @@ def test_what_others_made_has_terms_of_its_own(run, monkeypatch):
     given(run, monkeypatch, "chat", base_model="owner/theirs")
     assert mc.licence_of(run, "chat")["licences"] == ["BSD-3-Clause", "terms of the base model owner/theirs"]
     fields, text = card(run, "chat", "someone/tiny-Chat")
-    assert fields["base_model"] == "owner/theirs" and "learned from other texts" in text
+    assert fields["base_model"] == "owner/theirs" and "owner/theirs, learned from other texts" in text
+    assert "petrogold" not in text and "chatterbot-chat" in text
+    given(run, monkeypatch, "chat", base_model=str(run.folder / "03_pretraining"))
+    fields, text = card(run, "chat", "someone/tiny-Chat")
+    assert "base_model" not in fields and str(run.folder) not in text
+
+
+def test_tokens_of_others_take_the_place_of_the_corpus(run, monkeypatch):
+    set_licences(run)
+    given(run, monkeypatch, "tokenizer", tokens=SimpleNamespace(dataset="owner/tokens"))
+    fields, text = card(run, "base")
+    assert fields["datasets"] == ["owner/tokens"] and "Pretrained on the tokens of owner/tokens" in text
+    assert "petrogold" not in text and "terms of the tokens owner/tokens" in text
 
 
 # sending

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,16 +13,13 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import TokenType
 from safetensors import safe_open
 
-from ttl_utils.errors import TTLError
+from ttl_utils.errors import TTLError, reason
 from ttl_utils.files import read_json
 from ttl_utils.hub import weight_files
 from ttl_utils.model_card import licence_of
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
 from ttl_utils.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # what matrices become, and the form's number in the format
 FORMS = {
@@ -94,7 +91,11 @@ def _write(stage: Stage, path: Path, form: str, licence: dict[str, Any], progres
             writer.write_tensor_data(gguf.quantize(values, kinds[place]))
             progress.update(progress.done + 1, path.name)
         writer.close()
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        raise TTLError(f"{path} cannot be written ({reason(error)}): free some space, or move TTL_OUTPUTS") from error
     finally:
         writer.close()
         partial.unlink(missing_ok=True)
@@ -159,7 +160,7 @@ def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], folder: Path) ->
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, folder: Path, vocab_size: int) -> None:
+def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, folder: Path, vocab_size: int) -> None:
     """SentencePiece's pieces with their scores, by which llama.cpp merges; tokens added later are control tokens.
 
     Control, not user-defined: llama.cpp would find the latter also in what a user types.
@@ -182,6 +183,12 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     if found[: len(rows)] != [row[0] for row in rows]:
         raise TTLError(f"{folder}: tokenizer.model and tokenizer.json hold different pieces; export needs them alike")
     rows += [(token, 0.0, TokenType.CONTROL) for token in found[len(rows) :]]
+    normal = {token for token, _, kind in rows if kind == TokenType.NORMAL}
+    for token in (token for token, _, kind in rows if kind in (TokenType.CONTROL, TokenType.BYTE)):
+        if any(token[:cut] in normal and token[cut:] in normal for cut in range(1, len(token))):
+            print(f"llama.cpp will take {token!r} in a text for the token of that name, as two pieces make it up")
+    if not any(kind == TokenType.BYTE for _, _, kind in rows):
+        print("the tokenizer has no pieces for bytes: llama.cpp fails on a character that is not in its vocabulary")
     # rows of the embedding that no piece stands for
     rows += [(f"[PAD{number}]", 0.0, TokenType.UNUSED) for number in range(len(rows), vocab_size)]
     tokens, scores, types = zip(*rows, strict=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from ttl_utils.files import read_json, write_json
 from ttl_utils.model import choose_hardware
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run, Stage
-from ttl_utils.subject import load_model
+from ttl_utils.subject import load_model, same_tokens
 from ttl_utils.tokenizer import load_tokenizer
 
 # Carlini et al. 2023 score the 50 tokens after a prompt; 50 is their shortest prompt
@@ -42,11 +43,8 @@ def memorisation(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     than a passage gets half of it as prompt; one whose tokens are others than the run's is not measured.
     """
     folder, tokens = stage.folder / "model", run.stage("02_tokenizer")
-    if not tokens.finished:
-        return {"reason": "the run has no packed tokens (stage 02)"}
-    own = load_tokenizer(folder).get_vocab()
-    if any(own.get(piece) != number for piece, number in load_tokenizer(tokens.folder).get_vocab().items()):
-        return {"reason": "the model's tokens are others than those the run has packed"}
+    if not same_tokens(run, SimpleNamespace(tokenizer=load_tokenizer(folder))):
+        return {"reason": "the run has packed no tokens of this model's vocabulary"}
     context = read_json(folder / "config.json")["max_position_embeddings"]
     lengths = (PROMPT, CONTINUATION) if context >= PROMPT + CONTINUATION else (context // 2, context - context // 2)
     key = {
@@ -57,15 +55,11 @@ def memorisation(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     path = run.folder / "export" / f"memorisation-{name}.json"
     if path.is_file() and (known := read_json(path))["key"] == key:
         return known["figures"]
-    files = tokens.files("tokens")
-    sides = {
-        side: sample_passages(
-            [path for path in files if path.name.startswith(f"{side}-")], sum(lengths), run.params.seed
-        )
-        for side in ("train", "test")
-    }
-    hardware = choose_hardware(run.params.pretraining)
-    model = load_model(folder, hardware)
+    sides = {}
+    for side in ("train", "test"):
+        paths = [file for file in tokens.files("tokens") if file.name.startswith(f"{side}-")]
+        sides[side] = sample_passages(paths, sum(lengths), run.params.seed)
+    model = load_model(folder, choose_hardware(run.params.pretraining))
     figures: dict[str, Any] = {"prompt": lengths[0], "continuation": lengths[1]}
     with Progress(f"passages completed by {name}", sum(map(len, sides.values()))) as progress:
         for side, passages in sides.items():
@@ -77,10 +71,8 @@ def memorisation(run: Run, name: str, stage: Stage) -> dict[str, Any]:
 def sample_passages(paths: list[Path], length: int, seed: int, most: int = PASSAGES) -> np.ndarray:
     """(passages, length): up to `most` different places, drawn evenly from those where a document goes on so long."""
     blocks = TokenBlocks(paths, length)
-    begins = np.concatenate(
-        [[0], *(s + o for s, o in zip(blocks.starts, blocks.offsets, strict=False)), [blocks.tokens]]
-    )
-    begins = np.unique(begins.astype(np.int64))
+    starts = [starts + before for starts, before in zip(blocks.starts, blocks.offsets, strict=False)]
+    begins = np.unique(np.concatenate([[0], *starts, [blocks.tokens]]).astype(np.int64))
     # places of each document at which a passage may begin
     room = np.maximum(np.diff(begins) - length + 1, 0)
     ends = np.cumsum(room)

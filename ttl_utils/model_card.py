@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
@@ -75,11 +76,17 @@ def licence_text(run: Run, name: str) -> str:
 
 def _short(name: str) -> str:
     """A hub id as it is, a folder without the folders of this machine above it."""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return name if hub_id(name) else Path(name).name
+
+
+def hub_id(name: str) -> bool:
+    return not Path(name).expanduser().exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
 
 
 def _sources(run: Run, name: str) -> list[Any]:
-    uses = {"base": ("corpus",), "chat": ("chat",) if run.params.chat.base_model else ("corpus", "chat")}[name]
+    """What the model learned from, tokens and models of others aside."""
+    own = not (run.params.tokenizer.tokens or (name == "chat" and run.params.chat.base_model))
+    uses = ["corpus"] * own + ["chat"] * (name == "chat")
     return [source for source in run.params.data.active if source.use in uses]
 
 
@@ -100,15 +107,9 @@ def model_card(run: Run, name: str, stage: Stage, repository: str | None, memori
     shown = {key: config[key] for key in (*_SHAPE, "max_position_embeddings", "vocab_size")}
     shown |= {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
     shown |= {key: figures[key] for key in _TRAINED if key in figures}
-    made = {f"{key}": value for key, value in (manifest["code"] or {"commit": "unknown"}).items()}
-    made |= {
-        "finished": manifest["finished"],
-        "SHA-256 of the model's files": manifest["outputs"]["model"]["fingerprint"],
-    }
-    made |= {
-        "machine": f"{machine['system']}; {hardware}; {machine['memory_gib']} GiB of memory",
-        **manifest["versions"],
-    }
+    made = dict(manifest["code"] or {"commit": "unknown"}) | {"finished": manifest["finished"]}
+    made["SHA-256 of the model's files"] = manifest["outputs"]["model"]["fingerprint"]
+    made["machine"] = f"{machine['system']}; {hardware}; {machine['memory_gib']} GiB of memory"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(stage.folder / "model"))
     values = {
@@ -126,7 +127,7 @@ def model_card(run: Run, name: str, stage: Stage, repository: str | None, memori
         "energy": _energy(run, name, spent),
         "language": run.params.data.language,
         "licence": licence_text(run, name),
-        "provenance": _table(made),
+        "provenance": _table(made | manifest["versions"]),
         **{key: getattr(chat, key) for key in ("max_new_tokens", "temperature", "top_k", "repetition_penalty")},
         **_use(run, name, next((file for file in names if file.endswith("f16.gguf")), None)),
     }
@@ -186,20 +187,23 @@ def _base_results(run: Run) -> tuple[list[tuple], str]:
 
 
 def _data(run: Run, name: str) -> str:
-    wanted = {source.name: source for source in _sources(run, name)}
-    figures = run.need("01_data").metrics()
-    reports = [report for report in figures["sources"] if report["source"] in wanted]
-    columns = ("source", "use", "kind", "licence", "documents_in", "documents_kept", "characters_kept", "version")
-    table = pd.DataFrame(reports)[list(columns)].dropna(axis="columns", how="all")
-    filters = ", ".join(sorted({source.filter for source in wanted.values()}))
+    figures, filters = run.need("01_data").metrics(), {source.name: source.filter for source in _sources(run, name)}
+    reports = [report for report in figures["sources"] if report["source"] in filters]
+    columns = ["source", "use", "kind", "licence", "documents_in", "documents_kept", "characters_kept", "version"]
+    table = pd.DataFrame(reports, columns=columns).dropna(axis="columns", how="all")
+    rejected = sum(sum(report["rejected"].values()) for report in reports)
     said = [
         markdown(table.rename(columns=lambda key: key.replace("_", " "))),
-        f"Filters ({filters}) rejected {sum(sum(report['rejected'].values()) for report in reports):,} documents; the "
-        "reasons, what was masked of personal data, and the lengths stand in `data_sheet.md`. "
-        f"Held out from training: {figures['held_out_texts']:,} texts.",
+        f"Filters ({', '.join(sorted(set(filters.values())))}) rejected {rejected:,} documents; the reasons, what was "
+        "masked of personal data, and the lengths stand in `data_sheet.md`. Held out from training: "
+        f"{figures['held_out_texts']:,} texts.",
     ]
+    if not filters:
+        said = []
     if name == "chat" and run.params.chat.base_model:
         said.append(f"The base model, {_short(run.params.chat.base_model)}, learned from other texts before.")
+    elif run.params.tokenizer.tokens:
+        said.append(f"Pretrained on the tokens of {run.params.tokenizer.tokens.dataset}.")
     if mirrored := [report["source"] for report in reports if report["from_mirror"]]:
         said.append(f"Read from a local mirror, which may not hold the published set: {', '.join(mirrored)}.")
     return "\n\n".join(said)
@@ -233,8 +237,11 @@ def _card_data(
             "geographical_location": spent["grid"],
             "hardware_used": hardware,
         }
+    datasets, tokens = [source.dataset for source in _sources(run, name)], run.params.tokenizer.tokens
+    if tokens and not (name == "chat" and run.params.chat.base_model):
+        datasets.append(tokens.dataset)
     base = run.params.chat.base_model or (repository or "").removesuffix("-Chat")
-    if name == "chat" and "/" in base and _short(base) == base:
+    if name == "chat" and hub_id(base):
         more["base_model"] = base
     return ModelCardData(
         language=run.params.data.language,
@@ -242,7 +249,7 @@ def _card_data(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["llama", "gguf", *(["conversational"] if name == "chat" else [])],
-        datasets=list(dict.fromkeys(source.dataset for source in _sources(run, name) if source.dataset)) or None,
+        datasets=list(dict.fromkeys(filter(None, datasets))) or None,
         model_name=(repository or f"{run.name}-{name}").split("/")[-1],
         eval_results=[
             EvalResult("text-generation", place, task, metric, round(value, 6), dataset_split=split)
