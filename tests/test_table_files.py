@@ -65,8 +65,13 @@ def test_html_escapes_and_aligns():
 def test_latex_is_booktabs_with_everything_escaped(tmp_path):
     text = table_files.latex(TABLE, "100% of it_all", "tab:x")
     assert r"\caption{100\% of it\_all}" in text and r"\begin{tabular}{lrrrr}" in text
-    assert r"a\_b \& 5\% of x\textbar{}y & 1235 & 162,417,408 & 2019 & -- \\" in text
+    assert r"a\_b \& 5\% of x\textbar{}y & 1235 & 162,417,408 & 2019 & \textendash{} \\" in text
     assert text.index(r"\toprule") < text.index(r"\midrule") < text.index(r"\bottomrule")
+
+
+def test_latex_keeps_a_minus_and_the_hyphens_of_a_command():
+    text = table_files.latex(pd.DataFrame({"n": [-1.5, 2.0], "how": ["`ttl run --to 03`", "-v"]}), "x", "tab:x")
+    assert r"$-$1.50 & \textasciigrave{}ttl run -{}-to 03\textasciigrave{} \\" in text and "2.00 & -v" in text
 
 
 def test_saved_in_three_forms_and_the_csv_reads_back(tmp_path):

@@ -20,8 +20,8 @@ from ttl_utils.files import write_text
 _PORTUGUESE = str.maketrans(",.", ".,")
 _LATEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
-    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": "--"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": r"\textendash{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"}
 )
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -29,7 +29,8 @@ h1, h2, h3 { line-height: 1.2; margin: 2.2rem 0 .6rem } h1 { margin-top: 0 } a {
 table { border-collapse: collapse; font-size: .84rem; display: block; overflow-x: auto; margin: 1rem 0 }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #e2e2e2; vertical-align: top; text-align: left }
 th { border-bottom: 2px solid #888 } td { font-variant-numeric: tabular-nums } img { max-width: 100% }
-code { background: #f3f3f3; padding: 0 .25em; white-space: nowrap } pre { background: #f3f3f3; padding: .6rem; overflow-x: auto }
+code { background: #f3f3f3; padding: 0 .25em; white-space: nowrap }
+pre { background: #f3f3f3; padding: .6rem; overflow-x: auto }
 blockquote { border-left: 3px solid #bbb; margin-left: 0; padding-left: 1rem; color: #555 }
 """
 
@@ -48,14 +49,19 @@ def html(frame: pd.DataFrame, language: str = "en") -> str:
 
 def latex(frame: pd.DataFrame, caption: str, label: str, language: str = "en") -> str:
     """The table as a LaTeX float (package booktabs), text escaped."""
-    head, *rows = [[cell.translate(_LATEX) for cell in row] for row in _cells(frame, language)]
+    head, *rows = [[_tex(cell) for cell in row] for row in _cells(frame, language)]
     columns = "".join("r" if right else "l" for right in _right(frame))
     body = "\n".join(f"{' & '.join(row)} \\\\" for row in rows)
     return (
-        f"\\begin{{table}}\n\\centering\n\\caption{{{caption.translate(_LATEX)}}}\n\\label{{{label}}}\n"
+        f"\\begin{{table}}\n\\centering\n\\caption{{{_tex(caption)}}}\n\\label{{{label}}}\n"
         f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{' & '.join(head)} \\\\\n\\midrule\n{body}\n\\bottomrule\n"
         "\\end{tabular}\n\\end{table}\n"
     )
+
+
+def _tex(cell: str) -> str:
+    # a minus is no hyphen, and two hyphens are no dash
+    return re.sub(r"^-(?=[\d.])", "$-$", cell.translate(_LATEX)).replace("--", "-{}-")
 
 
 def save(folder: Path, name: str, frame: pd.DataFrame, caption: str, language: str = "en") -> None:

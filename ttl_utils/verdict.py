@@ -32,10 +32,11 @@ CURVES = {
 }
 TOLD = """Of the values that a run has to measure, {} are reproduced, {} close, {} differ, {} are not comparable and {}
 not run. {} settings are in our parameter files as printed."""
-HOW = """A value of ours is judged only where configuration and data are the paper's: then it is *reproduced* within its
-tolerance, *close* within three times that, and else *differs*. Counts have to be exact, what the machine decides may
-lie 10% apart, scores two standard errors (close: four). Figures of another text, vocabulary or protocol are shown and
-not judged. Settings are judged by our parameter files, and counted apart: nothing was trained for them."""
+HOW = """A value of ours is judged only where configuration and data are the paper's (scores also where the authors' own
+weights were evaluated): then it is *reproduced* within its tolerance, *close* within three times that, and else
+*differs*; the reason names the tolerance. Counts have to be exact, and scores are judged in standard errors. What is of
+another text, vocabulary or protocol is shown and not judged. Settings are judged by our parameter files, and counted
+apart: nothing was trained for them."""
 
 
 def verdicts(runs: Sequence[str], folder: Path | None = None) -> pd.DataFrame:
@@ -100,9 +101,9 @@ def _verdict(claim: Claim, run: Judged | None, ours: Any) -> tuple[str, str, flo
     if run and (run.size is None or claim.size not in (run.size, "both")):
         return "not comparable", run.why, math.nan
     if run is None or isinstance(claim.figure.value, str | bool):
-        same = ours == claim.figure.value
-        reason = SETTING if run is None else "as printed"
-        return ("reproduced", reason, math.nan) if same else ("differs", f"not {reason}", math.nan)
+        if ours == claim.figure.value:
+            return "reproduced", "as printed" if run else SETTING, math.nan
+        return "differs", "not as printed", math.nan
     difference, verdict = paper.judge(float(ours), claim.figure)
     verdict, reason = claim.rule(run) or (verdict, _reason(claim, ours, verdict))
     return verdict, reason, difference
@@ -184,7 +185,7 @@ def page(runs: Sequence[str], folder: Path | None = None) -> Path:
         )
         # a column with nothing in it says nothing
         shown = shown.loc[:, (shown.notna() & (shown != "")).any()]
-        table_files.save(place / "tables", name, shown, f"{item}: {about.title}")
+        table_files.save(place / "tables", name, shown, f"The paper's {item}: {about.title}")
         parts.append(_markdown(shown))
         conflicts = paper.conflicts()[lambda rows, about=about: rows.topic.isin(about.topics.split(","))]
         if len(conflicts):
