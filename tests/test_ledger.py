@@ -201,7 +201,7 @@ def test_what_went_into_a_folder_that_was_moved_aside_is_in_the_bill_and_marked(
 
 
 def test_a_session_that_ended_in_the_second_in_which_the_new_folder_began_is_not_its(tmp_path):
-    path = write(tmp_path, rows_of("a", 0, 60.4) + rows_of("b", 60.9, 30))
+    path = write(tmp_path, rows_of("a", 58, 2.4) + rows_of("b", 60.9, 30))
     begun = (DAWN + timedelta(seconds=60)).isoformat(timespec="seconds")
     assert ledger.stage_energy(path, "03_pretraining", begun)[2] == pytest.approx(30)
 

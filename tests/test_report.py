@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import time
 from datetime import UTC, datetime
 
 import nbformat
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from tests.test_forecast import records
 from tests.test_ledger import rows_of, write
 from ttl_utils import carbon, pipeline, report, report_page, table_files, units
+from ttl_utils.commands import main
 from ttl_utils.files import read_json, write_json
 from ttl_utils.params import load_params
 from ttl_utils.run import Run
@@ -115,7 +117,7 @@ def test_contradictions_stand_where_they_touch(made):
     assert all(figure in logs for figure in ("15.52", "112.97", "5.67", "41.29", "327.00", "328.92"))
 
 
-def test_a_forecast_is_there_while_the_run_is_under_way(run):
+def test_a_forecast_is_there_while_the_run_is_under_way(run, capsys):
     stage = run.stage("03_pretraining")
     (stage.folder / "manifest.json").unlink()
     lines = (stage.folder / "metrics.jsonl").read_text().splitlines()
@@ -124,6 +126,11 @@ def test_a_forecast_is_there_while_the_run_is_under_way(run):
     assert found.step.tolist() == [1, 2] and found.energy_error.isna().all()
     assert found.energy_kwh.tolist() == pytest.approx([120 * WATTS / 3.6e6] * 2)
     assert found.duration_s.tolist() == pytest.approx([120] * 2, rel=0.01)
+    # the status says so too
+    run.record()
+    write_json(stage.folder / "status.json", {"line": "steps: 2 of 12", "time": time.time()})
+    assert main(["status", run.name]) == 0
+    assert "steps: 2 of 12 (as of 0:00 ago); forecast for all of it: 3.33 Wh" in capsys.readouterr().out
 
 
 def test_stages_of_another_run_and_work_beside_another_are_named(made):

@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from ttl_utils.errors import TTLError
@@ -36,11 +37,26 @@ def show_status(arguments: argparse.Namespace) -> None:
             elif (folder / "status.json").is_file():
                 status = read_json(folder / "status.json")
                 text = f"{status['line']} (as of {clock(time.time() - status['time'])} ago)"
+                text += _forecast(root / name, folder)
             else:
                 text = "begun" if (folder / "stage.json").is_file() else "not made"
             print(f"  {stage:18} {text}")
     if not names:
         print(f"no runs in {root}")
+
+
+def _forecast(run: Path, stage: Path) -> str:
+    """What pretraining under way will have taken in all, where its records and parameters tell."""
+    from ttl_utils.forecast import forecast
+    from ttl_utils.records import read_records
+    from ttl_utils.units import quantity
+
+    about, records = run / "run.json", read_records(stage / "metrics.jsonl")
+    if stage.name != "03_pretraining" or not about.is_file():
+        return ""
+    settings = read_json(about)["parameters"]["pretraining"]
+    found = forecast(records, settings["max_steps"], eval_steps=settings["eval_steps"])
+    return f"; forecast for all of it: {quantity(found['energy_kwh'], '_kwh')}" if found else ""
 
 
 def pretrain_without_notebook(arguments: argparse.Namespace) -> None:

@@ -27,7 +27,7 @@ def tables(run: Run, metrics: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, s
     where = [*first, "country_iso_code", "intensity_g_per_kwh", "intensity_source", "pue"]
     logs = stage_totals(paper_rows()).rename(columns={"stage": "run"})
     log = ["run", "duration_s", "energy_kwh", "measured_kwh", "modelled_kwh", "emissions_kg", "mean_watts", "gpu_watts"]
-    spent = stages[stages.stage == PRETRAINING].iloc[0]
+    spent, overhead = run.need(PRETRAINING).metrics()["energy_kwh"], stages[stages.stage == PRETRAINING].pue.iloc[0]
     forecasts = pd.DataFrame(metrics["forecast"]).rename(
         columns={"energy_error": "error of the energy (%)", "duration_error": "error of the time (%)"}
     )
@@ -44,11 +44,11 @@ def tables(run: Run, metrics: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, s
         "06_equivalents": (same, "The same emissions and energy in other terms"),
         "06_grids": (equivalents.grids(kwh), "The run's energy on other grids"),
         "06_overheads": (
-            equivalents.overheads(kwh, spent.pue, metrics["emissions_kg"] / kwh * 1000),
+            equivalents.overheads(kwh, overhead, metrics["emissions_kg"] / kwh * 1000),
             "The same work in data centres of other overheads (PUE)",
         ),
         "06_gpus": (
-            equivalents.gpus(run.params, spent.energy_kwh),
+            equivalents.gpus(run.params, spent),
             "Projected: this pretraining on one GPU, at the shares of the peak that the paper and Tucano reached",
         ),
         "06_utilisation": (
@@ -60,19 +60,14 @@ def tables(run: Run, metrics: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, s
 
 
 def _shown(frame: pd.DataFrame) -> pd.DataFrame:
-    marked = (
-        frame.assign(diminishing=frame.diminishing.map({True: "here", False: ""})) if "diminishing" in frame else frame
-    )
-    return readable(marked)
+    return readable(frame.replace({"diminishing": {True: "here", False: ""}}))
 
 
 def text(run: Run, metrics: dict[str, Any], made: dict[str, tuple[pd.DataFrame, str]]) -> str:
     """The report in Markdown, below its title; figures lie in `../figures`."""
-    verdict, spent = verdict_of(run), quantity(metrics["energy_kwh"], "_kwh")
     share, pretraining = metrics["measured_kwh"] / metrics["energy_kwh"], run.need(PRETRAINING).metrics()
-    note = (
-        "No figure of this run is comparable with the paper's: **not comparable** (another model, data or vocabulary)."
-    )
+    note = "Beside the paper's figures this run's are **not comparable**: another model, data or vocabulary."
+    verdict, spent = verdict_of(run), quantity(metrics["energy_kwh"], "_kwh")
 
     def table(name: str) -> str:
         frame, caption = made[name]
