@@ -275,6 +275,13 @@ def test_what_does_not_decide_the_result_may_differ(tmp_path):
     assert load("mine", tmp_path).size == "160m"
 
 
+def test_data_parameters_that_this_code_does_not_know_are_told(small):
+    about = json.loads((small / "160m" / "run.json").read_text())
+    about["parameters"]["data"]["an_older_key"] = 1
+    (small / "160m" / "run.json").write_text(json.dumps(about))
+    assert "another version" in load("160m", small).why
+
+
 def test_data_from_a_mirror_are_not_the_papers(tmp_path):
     metrics = metrics_of("160m")
     metrics["01_data"]["sources"][0]["from_mirror"] = True

@@ -171,19 +171,15 @@ def _configuration(parameters: dict, metrics: dict) -> tuple[str | None, str | N
         told = [f"{key.partition('.')[2]} {ours.get(key)}, not {theirs[key]}" for key in found[:3]]
         told += [f"{len(found) - 3} more"] if len(found) > 3 else []
         try:
-            same_data = Data.model_validate(parameters.get("data")).identity() == published.data.identity()
+            same = Data.model_validate(parameters.get("data")).identity() == published.data.identity()
+            differing[size] = told + ([] if same else ["other data"])
         except ValidationError:
-            same_data = False
-        differing[size] = told + ([] if same_data else ["other data"])
+            differing[size] = [*told, "data parameters of another version of this code"]
     if not all(differing.values()):
         size = next(size for size in paper.SIZES if not differing[size])
         if any(source.get("from_mirror") for source in metrics.get("01_data", {}).get("sources", [])):
             return None, size, f"the {size}'s configuration, but its data came from a local mirror"
         return size, size, ""
-    named = parameters.get("size")
-    size = named if named in paper.SIZES else min(paper.SIZES, key=lambda size: len(differing[size]))
-    return (
-        None,
-        named if named in paper.SIZES else None,
-        f"not the {size}'s configuration: {'; '.join(differing[size])}",
-    )
+    of = parameters.get("size") if parameters.get("size") in paper.SIZES else None
+    size = of or min(paper.SIZES, key=lambda size: len(differing[size]))
+    return None, of, f"not the {size}'s configuration: {'; '.join(differing[size])}"
