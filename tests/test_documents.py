@@ -15,6 +15,7 @@ import yaml
 
 from ttl_utils.commands import parser
 from ttl_utils.params import load_params
+from ttl_utils.planning import report
 from ttl_utils.reference import READMES
 from ttl_utils.schema import SECTIONS
 
@@ -183,17 +184,12 @@ class TestBothReadmes:
     def test_name_the_same_keys_commands_and_links(self) -> None:
         for pattern in (r"`([^`]+)`", r"\]\(([^)\s]+)\)", r"<!-- ref:\S+ -->"):
             one, two = (
-                Counter(" ".join(found.split()) for found in re.findall(pattern, self.quoted(text)))
+                Counter(" ".join(found.split()) for found in re.findall(pattern, prose(text)))
                 for text in (self.english, self.portuguese)
             )
             for mutual in ("README.md", "README.pt-BR.md"):
                 one.pop(mutual, None), two.pop(mutual, None)
             assert one == two
-
-    @staticmethod
-    def quoted(text: str) -> str:
-        # a commit's figure stands between code marks
-        return re.sub(r"(-->).*?(<!-- /ref -->)", r"\1\2", prose(text))
 
     def test_have_the_same_numbers(self) -> None:
         def numbers(text: str) -> Counter:
@@ -202,6 +198,21 @@ class TestBothReadmes:
             return Counter(re.sub(r"[.,]", "", number) for number in found)
 
         assert numbers(self.english) == numbers(self.portuguese)
+
+    @pytest.mark.parametrize(
+        ("size", "log", "gpu"), [("160m", "TTL-160m", None), ("460m", "TTL-460m", None), ("40m", "TTL-160m", "T4")]
+    )
+    def test_quote_the_plan(self, size: str, log: str, gpu: str | None) -> None:
+        planned = []
+        for line in report(load_params({"size": size}), gpu=gpu).splitlines():
+            if found := re.match(rf" *({log}|Tucano)[^)]*\)+ +[\d.]+ +[\d,]+ +([\d.]+) .* ([\d.]+|-)$", line):
+                planned.append([float(value) for value in found.groups()[1:] if value != "-"])
+        (log_hours, *log_usd), (tucano_hours, *tucano_usd) = planned
+        for text in (self.english, self.portuguese):
+            (row,) = re.findall(rf"^\| `{size}` .*$", text, re.MULTILINE)
+            hours, usd = ([int(number) for number in re.findall(r"\d+", cell)] for cell in row.split("|")[5:7])
+            wanted = [log_hours] if gpu else [log_hours, tucano_hours, *log_usd, *tucano_usd]
+            assert [*hours, *usd] == pytest.approx(wanted, abs=0.5), row
 
     def test_begin_with_a_picture_and_two_commands(self) -> None:
         for text in (self.english, self.portuguese):
