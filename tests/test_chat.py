@@ -463,15 +463,21 @@ def test_what_is_trained_keeps_conversations_apart(trained, monkeypatch):
 
 
 def test_a_validation_loss_that_turns_up_is_told(capsys):
-    told, seen, records = ch._turn_told(lambda rows: seen.append(len(rows))), [], []
-    for epoch, loss in enumerate((5.0, 4.0, 4.5, 3.9)):
-        for row in ({"step": epoch, "loss": 1.0}, {"step": epoch, "epoch": epoch, "validation_loss": loss}):
-            records.append(row)
-            told(records)
-    assert seen == list(range(1, 9))
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("epoch 2: the validation loss, 4.5000, is above that of epoch 1, 4.0000")
-    assert ch.best_epoch(records)["epoch"] == 3
+    losses = [5.0, 4.0, 4.5, 4.2, 3.9]
+    for epoch, loss in enumerate(losses):
+        ch.tell_turn(losses[:epoch], epoch, loss)
+    one, two = capsys.readouterr().out.splitlines()
+    assert one.startswith("epoch 2: the validation loss, 4.5000, is above that of epoch 1, 4.0000")
+    assert two.startswith("epoch 3: the validation loss, 4.2000, is above that of epoch 1, 4.0000")
+
+
+def test_the_stage_says_that_it_learns_by_heart(trained, monkeypatch, capsys):
+    losses = iter((3.0, 2.0, 2.5))
+    monkeypatch.setattr(ch, "answer_loss", lambda *_: next(losses))
+    monkeypatch.setattr(ch, "answers", lambda *_: ROWS)
+    metrics = ch.fine_tune_chat(trained).metrics()
+    assert "epoch 2: the validation loss, 2.5000, is above that of epoch 1" in capsys.readouterr().out
+    assert (metrics["best_epoch"], metrics["validation_loss_after"]) == (1, 2.5)
 
 
 def test_the_plan_tells_steps_and_a_warm_up_that_is_too_long(examples):
@@ -533,7 +539,7 @@ def test_a_named_model_that_cannot_serve_is_told(tiny_prepared, trained, tmp_pat
     with pytest.raises(TTLError, match="64 tokens at once, and .* reads 32"):
         ch.fine_tune_chat(run)
     write_json(there / "config.json", config | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"})
-    with pytest.raises(TTLError, match="is a mistral; .*Llama"):
+    with pytest.raises(TTLError, match="is a mistral: name a Llama"):
         ch.fine_tune_chat(tiny_prepared(run="other", chat={"base_model": str(there)}))
     with pytest.raises(TTLError, match=r"chat.base_model.*there is no such folder"):
         ch.fine_tune_chat(tiny_prepared(run="gone", chat={"base_model": str(tmp_path / "gone")}))

@@ -12,8 +12,8 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from tests.test_toxicity import TOXIC, build, save
-from ttl_utils import conversations as ch
 from ttl_utils import code_words, sampling
+from ttl_utils import conversations as ch
 from ttl_utils import generation as gen
 from ttl_utils import text_measures as tm
 from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, TTLError

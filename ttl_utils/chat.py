@@ -27,6 +27,7 @@ from ttl_utils.errors import ParameterError
 from ttl_utils.files import write_json
 from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import Hardware, choose_hardware
+from ttl_utils.records import read_records
 from ttl_utils.restore import restore
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import Chat
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 KEY = "chat.base_model"
-OnRecord = Callable[[list[dict]], None]
 
 
 def base_of(run: Run) -> tuple[Subject, int]:
@@ -111,7 +111,7 @@ def answer_loss(model: PreTrainedModel, examples: list[Example], context: int, p
 
 
 def grow_embeddings(model: PreTrainedModel, known: int, size: int) -> None:
-    """Rows from `known` to `size`, each the mean of those before: random ones would draw probability from the others."""
+    """Rows from `known` to `size`, each the mean of those before: random ones would draw probability from these."""
     if size > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(size, mean_resizing=False)
     if size > known:
@@ -129,29 +129,22 @@ def _hardware(settings: Chat) -> Hardware:
     return hardware
 
 
-def _turn_told(on_record: OnRecord | None) -> OnRecord:
-    """Says when the validation loss has turned up."""
-
-    def told(records: list[dict]) -> None:
-        if on_record:
-            on_record(records)
-        epochs = [row for row in records if "validation_loss" in row]
-        if "validation_loss" in records[-1] and (best := best_epoch(records)) is not epochs[-1]:
-            print(
-                f"epoch {epochs[-1]['epoch']}: the validation loss, {epochs[-1]['validation_loss']:.4f}, is above that "
-                f"of epoch {best['epoch']}, {best['validation_loss']:.4f}: what is learned now are these conversations "
-                "by heart. Fewer num_train_epochs, or a lower learning_rate, would stop before"
-            )
-
-    return told
+def tell_turn(losses: list[float], epoch: int, loss: float) -> None:
+    """Says when the validation loss has turned up; `losses`: of the epochs before, from 0."""
+    if losses and loss > min(losses):
+        print(
+            f"epoch {epoch}: the validation loss, {loss:.4f}, is above that of epoch {int(np.argmin(losses))}, "
+            f"{min(losses):.4f}: what is learned now are these conversations by heart. Fewer num_train_epochs, or a "
+            "lower learning_rate, would stop before"
+        )
 
 
-def best_epoch(records: list[dict]) -> dict:
-    """The record of the lowest validation loss."""
-    return min((row for row in records if "validation_loss" in row), key=lambda row: row["validation_loss"])
+def _epochs(records: list[dict]) -> list[float]:
+    """The validation loss before the first step, and after each epoch."""
+    return [row["validation_loss"] for row in records if "validation_loss" in row]
 
 
-def fine_tune_chat(run: Run, on_record: OnRecord | None = None) -> Stage:
+def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = None) -> Stage:
     """Make stage 05: answers before, fine-tuning, answers after.
 
     Raises:
@@ -176,7 +169,8 @@ def fine_tune_chat(run: Run, on_record: OnRecord | None = None) -> Stage:
         model = load_model(base.folder, hardware, torch.float32)
         if model.config.model_type != "llama":
             raise ParameterError(
-                f"{KEY} {base.name!r} is a {model.config.model_type}: conversations in a row are kept apart in a Llama"
+                f"{KEY} {base.name!r} is a {model.config.model_type}: name a Llama, in which conversations in a row "
+                "are known to stay apart"
             )
         grow_embeddings(model, known, len(tokenizer))
         pad, status = tokenizer.pad_token_id, stage.folder / "status.json"
@@ -188,12 +182,9 @@ def fine_tune_chat(run: Run, on_record: OnRecord | None = None) -> Stage:
         get_step, per_epoch = chat_steps(examples, settings, context, pad, seed)
 
         def evaluate(model: Any, step: int) -> dict:
-            loss = answer_loss(model, held_out, context, pad)
-            return {
-                "epoch": step // per_epoch,
-                "validation_loss": round(loss, 6),
-                "perplexity": round(math.exp(min(loss, 99)), 4),
-            }
+            loss, epoch = round(answer_loss(model, held_out, context, pad), 6), step // per_epoch
+            tell_turn(_epochs(read_records(stage.folder / "metrics.jsonl")), epoch, loss)
+            return {"epoch": epoch, "validation_loss": loss, "perplexity": round(math.exp(min(loss, 99)), 4)}
 
         loop = Loop(
             settings=settings,
@@ -205,7 +196,7 @@ def fine_tune_chat(run: Run, on_record: OnRecord | None = None) -> Stage:
             label="fine-tuning: steps",
             eval_steps=per_epoch,
             evaluate=evaluate,
-            on_record=_turn_told(on_record),
+            on_record=on_record,
             run=run.name,
             config=run.params.flat(),
         )
@@ -234,12 +225,12 @@ def _metrics(examples: list[Example], records: list[dict], settings: Chat, conte
     slots = len(rows_of(examples, context, settings.faithful)) * context
     speeds = sorted(row["tokens_per_second"] for row in records if "tokens_per_second" in row)
     speed = speeds[len(speeds) // 2]
-    epochs = [row["validation_loss"] for row in records if "validation_loss" in row]
+    epochs = _epochs(records)
     return {
         "validation_loss_before": epochs[0],
         "validation_loss_after": epochs[-1],
         "validation_loss_by_epoch": epochs[1:],
-        "best_epoch": best_epoch(records)["epoch"],
+        "best_epoch": int(np.argmin(epochs)),
         "steps": records[-1]["step"],
         "useful_tokens_per_second": speed * learned / slots,
         "tokens_per_second": speed,

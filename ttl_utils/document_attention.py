@@ -1,4 +1,4 @@
-"""Attention within each document of a packed row, on a CPU: a mask would compute all pairs of the row, and hide most."""
+"""Attention within each document of a packed row, on a CPU: a mask computes all pairs of the row and hides most."""
 
 from __future__ import annotations
 

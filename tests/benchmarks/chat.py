@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--conversations", type=Path, required=True, help="a mirror of the hub")
     parser.add_argument("--shape", choices=("nano", "160m"), default="nano")
     parser.add_argument("--base", type=Path, help="a model folder to begin from, with its tokenizer; default: random")
+    parser.add_argument("--limit", type=int, help="conversations to train on")
     parser.add_argument("--block", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=1, help="rows of a timed step")
     parser.add_argument("--rounds", type=int, default=10)
@@ -143,7 +144,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, kept_memory(), _mirror(arguments.conversations):
         model, tokenizer, chat = begin(arguments, Path(folder))
         examples, held_out = conversations(tokenizer, chat, arguments.block)
-        block, pad = arguments.block, tokenizer.pad_token_id
+        examples, block, pad = examples[: arguments.limit], arguments.block, tokenizer.pad_token_id
         padded = chat.model_copy(update={"faithful": True})
         print(plan(examples, chat, block))
         print(
