@@ -78,7 +78,7 @@ def loop(folder, max_steps=6, **changes):
     own = {field.name for field in dataclasses.fields(Loop)}
     given = {key: changes.pop(key) for key in list(changes) if key in own}
     asked = setting(**{"logging_steps": 1, "save_steps": 100, **changes})
-    energy = SimpleNamespace(energy_kwh=0.25, sample=lambda: 0.25)
+    energy = SimpleNamespace(energy_kwh=0.25, sample=lambda write: 0.25)
     return Loop(
         **{"settings": asked, "hardware": CPU, "max_steps": max_steps, "folder": folder, "energy": energy} | given
     )

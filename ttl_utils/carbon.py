@@ -192,7 +192,8 @@ def _intensity(carbon: object) -> tuple[float, str]:
     given = carbon.carbon_intensity_g_per_kwh
     if given is None:
         return grams, source
-    return given, "the paper's logs" if given == PAPER_INTENSITY else "given in section carbon"
+    paper = "the paper's logs (Germany, CodeCarbon 2.3.2)"
+    return given, paper if given == PAPER_INTENSITY else "given in section carbon"
 
 
 def _keep_sampling(session: EnergySession, done: threading.Event, interval_s: float) -> None:

@@ -198,7 +198,8 @@ class Stage:
         """Of what the ledgers hold for the report: all but its own energy."""
         from ttl_utils.ledger import run_rows
 
-        return hashlib.sha256(json.dumps(run_rows(self.run)).encode()).hexdigest()
+        rows = sorted(json.dumps(row) for rows in run_rows(self.run).values() for row in rows)
+        return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
     def check(self) -> str:
         """'finished', 'begun' or 'new'; raises StageConflict where the folder holds work of another identity."""
