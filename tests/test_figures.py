@@ -29,7 +29,7 @@ from ttl_utils.privacy import KINDS
 
 SAMPLES = samples()
 PACKAGE = Path(ttl_utils.__file__).parent
-redraw.load_all()
+figures.load_all()
 
 
 def texts(figure: Figure) -> list[Text]:
@@ -111,6 +111,10 @@ def test_in_portuguese_for_a_column_everything_is_translated_and_readable(name: 
             overlap = min(box.x1, there.x1) - max(box.x0, there.x0), min(box.y1, there.y1) - max(box.y0, there.y0)
             # within a point or so of each other is no overlap to the eye
             assert min(overlap) < 2, (one, other)
+        for axes in figure.axes:
+            bars = [bar.get_window_extent() for bar in axes.patches if bar.get_width() and bar.get_height()]
+            for text in axes.get_legend().get_texts() if axes.get_legend() else ():
+                assert not any(text.get_window_extent().overlaps(bar) for bar in bars), text
 
 
 @pytest.mark.parametrize("name", ["03_loss", "04_perplexity", "03_search", "01_flow"])

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import csv
+import importlib
 import io
 import math
-import re
+import pkgutil
 import textwrap
 from contextvars import ContextVar
-from functools import cache
-from importlib.resources import files
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-from ttl_utils.errors import TTLError
+from ttl_utils import __path__
 from ttl_utils.files import write_bytes, write_text
+from ttl_utils.labels import LANGUAGE, DecimalComma, number
+
+# what figures are labelled with, from one place
+from ttl_utils.labels import label as label
+from ttl_utils.labels import label_of_data as label_of_data
+from ttl_utils.labels import percent as percent
+from ttl_utils.labels import thousands as thousands
+from ttl_utils.labels import whole as whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -77,8 +83,6 @@ SMALL = {
 }
 # in cm: a column and a page of a journal
 WIDTHS = {"column": 8.6, "page": 17.8}
-UNITS = {"en": {1e9: "B", 1e6: "M", 1e3: "k"}, "pt": {1e9: " bi", 1e6: " mi", 1e3: " mil"}}
-_LANGUAGE: ContextVar[str] = ContextVar("language", default="en")
 _WIDTH: ContextVar[str] = ContextVar("width", default="notebook")
 # a figure's name -> what draws it from its saved data
 DRAWN: dict[str, Callable[[pd.DataFrame], Figure]] = {}
@@ -87,71 +91,13 @@ DRAWN: dict[str, Callable[[pd.DataFrame], Figure]] = {}
 @contextlib.contextmanager
 def style_of(language: str = "en", width: str = "notebook") -> Iterator[None]:
     """Figures drawn inside are in this language (en, pt) and of this width (notebook, column, page)."""
-    tokens = _LANGUAGE.set(language), _WIDTH.set(width)
+    tokens = LANGUAGE.set(language), _WIDTH.set(width)
     try:
         with plt.rc_context({} if width == "notebook" else SMALL):
             yield
     finally:
-        _LANGUAGE.reset(tokens[0])
+        LANGUAGE.reset(tokens[0])
         _WIDTH.reset(tokens[1])
-
-
-# text and numbers
-
-
-@cache
-def _portuguese() -> dict[str, str]:
-    with files("ttl_utils").joinpath("labels_pt.csv").open(encoding="utf-8") as file:
-        return {row["english"]: row["portuguese"] for row in csv.DictReader(file)}
-
-
-def label(text: str, *values: str) -> str:
-    """The text in the language of the figures; each `{}` in it takes a value.
-
-    Raises:
-        TTLError: there is no Portuguese for it.
-    """
-    if _LANGUAGE.get() == "pt":
-        if text not in _portuguese():
-            raise TTLError(f"no Portuguese for {text!r}: add a row to ttl_utils/labels_pt.csv")
-        text = _portuguese()[text]
-    return text.format(*values) if values else text
-
-
-def label_of_data(text: str) -> str:
-    """The same for words of the data, such as 'duplicate 5-grams': their numbers are values."""
-    found = re.findall(r"\d[\d,]*", text)
-    return label(re.sub(r"\d[\d,]*", "{}", text), *(number(int(digits.replace(",", "")), ",") for digits in found))
-
-
-def number(value: float, form: str = "g") -> str:
-    """A number with the language's decimal sign."""
-    text = format(value, form)
-    return text if _LANGUAGE.get() == "en" else text.translate(str.maketrans(",.", ".,"))
-
-
-@FuncFormatter
-def thousands(value: float, _: int) -> str:
-    """Tick labels such as 200k, 1.5M and 10B; in Portuguese 200 mil, 1,5 mi, 10 bi."""
-    for unit, name in UNITS[_LANGUAGE.get()].items():
-        if abs(value) >= unit:
-            return number(value / unit) + name
-    return number(value)
-
-
-@FuncFormatter
-def whole(value: float, _: int) -> str:
-    return number(value, ",.0f")
-
-
-@FuncFormatter
-def percent(value: float, _: int) -> str:
-    return f"{number(100 * value)}%"
-
-
-class _DecimalComma(ScalarFormatter):
-    def __call__(self, value: float, place: int | None = None) -> str:
-        return super().__call__(value, place).replace(".", ",")
 
 
 # drawing
@@ -231,15 +177,15 @@ def _finish(figure: Figure) -> None:
     """Decimal commas on plain axes, fewer ticks where they crowd, and lines in what is longer than its panel."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
-            if _LANGUAGE.get() == "pt" and type(axis.get_major_formatter()) is ScalarFormatter:
-                axis.set_major_formatter(_DecimalComma())
+            if LANGUAGE.get() == "pt" and type(axis.get_major_formatter()) is ScalarFormatter:
+                axis.set_major_formatter(DecimalComma())
     figure.draw_without_rendering()
     settled = True
     for axes in figure.axes:
         boxes = [tick.label1.get_window_extent() for tick in axes.xaxis.get_major_ticks()]
         gaps = [right.x0 - left.x1 for left, right in pairwise(boxes)]
-        if axes.get_xscale() == "linear" and min(gaps, default=math.inf) < small() / 2:
-            axes.xaxis.set_major_locator(MaxNLocator(3))
+        if min(gaps, default=math.inf) < small() / 2:
+            axes.xaxis.set_major_locator(MaxNLocator(3) if axes.get_xscale() == "linear" else LogLocator(numticks=4))
             settled = False
         row = [other.bbox for other in figure.axes if other.bbox.y0 < axes.bbox.y1 and other.bbox.y1 > axes.bbox.y0]
         before = max((box.x1 for box in row if box.x1 < axes.bbox.x0), default=-axes.bbox.x0)
@@ -264,13 +210,20 @@ def _finish(figure: Figure) -> None:
 
 
 def draws(name: str) -> Callable:
-    """Says that a function of the saved data draws the figure `name`; its module is named `figures` or `figures_…`."""
+    """Says that a function of the saved data draws the figure `name`; its module is named `figures_…`."""
 
     def known(draw: Callable[[pd.DataFrame], Figure]) -> Callable[[pd.DataFrame], Figure]:
         DRAWN[name] = draw
         return draw
 
     return known
+
+
+def load_all() -> None:
+    """Import every module that draws figures, so that `DRAWN` knows them."""
+    for module in pkgutil.iter_modules(__path__, "ttl_utils."):
+        if module.name.startswith("ttl_utils.figures_"):
+            importlib.import_module(module.name)
 
 
 def draw(run: Run, name: str, data: pd.DataFrame) -> Figure:
@@ -290,7 +243,9 @@ def draw_in(folder: Path, name: str, data: pd.DataFrame) -> Figure:
 
 def drawn(name: str, data: pd.DataFrame) -> tuple[Figure, dict[str, bytes]]:
     """The figure, and its files by their ending."""
-    pictures = {}
+    if name not in DRAWN:
+        load_all()
+    pictures, others = {}, plt.get_fignums()
     try:
         figure = DRAWN[name](data)
         _finish(figure)
@@ -303,7 +258,8 @@ def drawn(name: str, data: pd.DataFrame) -> tuple[Figure, dict[str, bytes]]:
             figure.set_layout_engine("none")
     finally:
         # closed, so that the notebook shows what the cell returns and not a second copy
-        plt.close("all")
+        for left in set(plt.get_fignums()) - set(others):
+            plt.close(left)
     return figure, pictures
 
 

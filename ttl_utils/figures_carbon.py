@@ -18,6 +18,7 @@ from ttl_utils.figures import (
     draws,
     label,
     legend_below,
+    legend_below_axes,
     log_scale,
     percent,
     subplots,
@@ -102,7 +103,7 @@ def _what_if(rows: pd.DataFrame) -> Figure:
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.grid(axis="y", visible=False)
-    right.legend()
+    legend_below_axes(right, 2)
     return figure
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import io
-import pkgutil
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
-import ttl_utils
 from ttl_utils.errors import DamagedFile, TTLError
-from ttl_utils.figures import DRAWN, drawn, read_table, style_of
+from ttl_utils.figures import DRAWN, drawn, load_all, read_table, style_of
 from ttl_utils.files import write_bytes
 from ttl_utils.run import outputs_folder
 
@@ -38,13 +35,6 @@ def read_data(path: Path) -> pd.DataFrame:
         return data
     except (ValueError, csv.Error) as error:
         raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy, or make its stage anew") from None
-
-
-def load_all() -> None:
-    """Import every module that draws figures, so that `DRAWN` knows them."""
-    for module in pkgutil.iter_modules(ttl_utils.__path__, "ttl_utils."):
-        if module.name.startswith("ttl_utils.figures_"):
-            importlib.import_module(module.name)
 
 
 def redraw(folder: Path, language: str, width: str) -> list[Path]:
@@ -84,4 +74,5 @@ def redraw_command(run: str, language: str, width: str) -> None:
         known = sorted(str(path.parent.relative_to(root)) for path in root.glob("**/figures"))
         raise TTLError(f"there is no run {run!r} in {root}; figures have: {', '.join(known) or 'none'}")
     made = redraw(root / run / "figures", language, width)
-    print(f"{len({path.stem for path in made})} figures as PNG, SVG and PDF in {made[0].parent}")
+    count = len({path.stem for path in made})
+    print(f"{count} figure{'s' if count > 1 else ''} as PNG, SVG and PDF in {made[0].parent}")
