@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ttl_utils import equivalents, figures_carbon, paper, report_page  # noqa: F401
+from ttl_utils import equivalents, paper, report_page
 from ttl_utils.carbon import car_km
 from ttl_utils.checkpoints import list_checkpoints, step_of
 from ttl_utils.errors import TTLError
