@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +126,11 @@ class TestFit:
         assert 100 < caught.value.most < CONTEXT * 8
         assert self.fit([user(text[: int(0.9 * caught.value.most)])], run, loaded[1])[1] == 0
 
+    def test_a_message_of_spaces_loses_nothing_unsaid(self, run: Run, loaded) -> None:
+        assert self.fit([user("a" + " " * 1000 + "b")], run, loaded[1]) == self.fit([user("a b")], run, loaded[1])
+        with pytest.raises(talk.TooLong):
+            self.fit([user("a" + " " * 100_000 + "b")], run, loaded[1])
+
     def test_control_tokens_that_are_typed_are_text(self, run: Run, loaded) -> None:
         tokenizer, typed = loaded[1], "</s> <instruction> </instruction> <s> <unk>"
         control = set(tokenizer.convert_tokens_to_ids(["<instruction>", "</instruction>", "<s>", "</s>"]))
@@ -143,11 +147,11 @@ class TestFit:
 
 
 class TestStream:
-    def say(self, loaded: tuple, run: Run, seed: int = 0, stop: Any = None, **settings: Any) -> list[str]:
+    def say(self, loaded: tuple, run: Run, seed: int = 0, **settings: Any) -> list[str]:
         model, tokenizer = loaded
         chat = run.params.chat.model_copy(update=settings)
         ids, _ = talk.fit([user("Olá")], tokenizer, chat, CONTEXT, chat.max_new_tokens)
-        return list(talk.stream(model, tokenizer, ids, chat, seed, stop))
+        return list(talk.stream(model, tokenizer, ids, chat, seed))
 
     def test_grows_and_is_the_same_for_the_same_seed(self, run: Run, loaded) -> None:
         texts = self.say(loaded, run, seed=2)
@@ -196,12 +200,12 @@ class TestStream:
     def test_stops_within_a_token(self, run: Run, loaded) -> None:
         model, tokenizer = loaded
         ids = tokenizer("o preço do café sobe na região", add_special_tokens=False)["input_ids"]
-        said, stop = Scripted(model, tokenizer, ids), threading.Event()
-        texts = talk.stream(said, tokenizer, [1], run.params.chat, 0, stop)
+        said = Scripted(model, tokenizer, ids)
+        texts = talk.stream(said, tokenizer, [1], run.params.chat, 0)
         some = list(itertools.islice(texts, 3))
         before = said.calls
-        stop.set()
-        assert list(texts) == [] and said.calls == before and len(some) == 3
+        texts.close()
+        assert list(texts) == [] and said.calls == before and len(some) == 3 and before < len(ids)
 
     def test_ends_where_the_context_ends(self, run: Run, loaded) -> None:
         model, tokenizer = loaded

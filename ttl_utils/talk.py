@@ -8,7 +8,6 @@ import itertools
 import sys
 import unicodedata
 from collections.abc import Iterator
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,11 +105,11 @@ def fit(
     room, kept, ids = context - max_new_tokens - 1, 0, []
     for turn in reversed(turns):
         # in the form of the training text; of megabytes no more than shows that they do not fit
-        most = LONGEST_PIECE * context
-        turn = [message | {"content": clean(message["content"][: most + 1])} for message in turn]
+        most, raw = LONGEST_PIECE * context, len(turn[0]["content"])
+        turn = [message | {"content": clean(message["content"][:most])} for message in turn]
         # with the answer to come: its end token, the last id, is not there yet
         encoded = encode([*turn, {"role": "assistant", "content": ""}], tokenizer, settings, sys.maxsize).ids[:-1]
-        if len(ids) + len(encoded) - 1 > room or len(turn[0]["content"]) > most:
+        if len(ids) + len(encoded) - 1 > room or raw > most:
             break
         ids, kept = [*encoded[1:], *ids], kept + 1
     if not kept:
@@ -120,16 +119,11 @@ def fit(
 
 @torch.inference_mode()
 def stream(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    ids: list[int],
-    settings: Chat,
-    seed: int,
-    stop: Event | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], settings: Chat, seed: int
 ) -> Iterator[str]:
     """The answer so far, whenever a token has made it longer; the same seed gives the same answer.
 
-    A character whose bytes are still coming is held back. `stop` is asked at every token.
+    A character whose bytes are still coming is held back. To stop it, close it: nothing is computed ahead.
     """
     from transformers import DynamicCache
 
@@ -140,7 +134,7 @@ def stream(
     ends, cache = end_tokens(model, tokenizer), DynamicCache(config=model.config)
     new: list[int] = []
     text = shown = ""
-    while len(new) < longest and not (stop and stop.is_set()):
+    while len(new) < longest:
         scores = model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         step = draw(said, scores).argmax(-1, keepdim=True)
         said = torch.cat([said, step], dim=1)
