@@ -377,14 +377,14 @@ class TestInANotebook:
     def test_a_run_without_a_reader_is_told_how_to_start_it(self, tmp_path: Path) -> None:
         source = (
             "import sys; from types import SimpleNamespace; from ttl_utils import demo\n"
-            "demo.in_notebook(SimpleNamespace(name='nano')); print('gradio' in sys.modules)"
+            "demo.in_notebook(SimpleNamespace(_command=lambda: 'nano')); print('gradio' in sys.modules)"
         )
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
         text = notebook.cells[0].outputs[0].text
         assert "ttl chat nano --web" in text and text.endswith("False\n")
 
-    def test_a_reader_gets_the_page_in_the_cell(self, server: Server, monkeypatch) -> None:
+    def test_a_reader_gets_the_page_in_the_cell(self, server: Server, monkeypatch, capsys) -> None:
         launched: list[dict] = []
         shell = SimpleNamespace(get_parent=lambda: {"content": {"allow_stdin": True}})
         monkeypatch.setattr("IPython.get_ipython", lambda: shell)
@@ -392,3 +392,6 @@ class TestInANotebook:
         monkeypatch.setattr(demo, "_launch", lambda *given, **named: launched.append((*given, named)))
         demo.in_notebook(server.run)
         assert launched == [("blocks", "127.0.0.1", None, {"inline": True})]
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        demo.in_notebook(server.run)
+        assert len(launched) == 1 and 'pip install -e ".[demo]"' in capsys.readouterr().out

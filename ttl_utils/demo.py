@@ -250,16 +250,22 @@ def serve(run: Run, host: str = "127.0.0.1", port: int | None = None) -> None:
 
 
 def in_notebook(run: Run) -> None:
-    """The page inside a notebook whose reader is there; a run without one is told how to start it.
+    """The page inside a notebook whose reader is there; else, or where gradio is missing, a line says how to get it.
 
     Raises:
-        TTLError: as `build`.
+        TTLError: there is no chat model, or no training conversation.
     """
     from IPython import get_ipython
 
     shell = get_ipython()
     # a front end that can ask its reader something says so with each cell; papermill and nbconvert say that they cannot
     if shell is None or not shell.get_parent().get("content", {}).get("allow_stdin"):
-        print(f"nobody is here to talk: open this notebook in JupyterLab or Colab, or run `ttl chat {run.name} --web`")
+        print(f"to talk, open this notebook in JupyterLab or Colab, or run `ttl chat {run._command()} --web`")
+        return
+    try:
+        _gradio()
+    except TTLError as error:
+        # the rest of the notebook does not need it
+        print(error)
         return
     _launch(build(run), "127.0.0.1", None, inline=True)
