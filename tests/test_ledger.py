@@ -86,17 +86,22 @@ class TestKills:
             log = str(outputs / f"{run}.times")
             return driver.start({**values, "carbon": {"measure_power_s": INTERVAL_S}}, 1, METER.format(log=log))
 
-        other, walls, records, curves = start("other"), [], outputs / "killed" / "03_pretraining" / "metrics.jsonl", []
-        for at in (14, 30, 46, None):
+        other, walls, curves, stage = start("other"), [], [], outputs / "killed" / "03_pretraining"
+        for at in (16, 32, 48, None):
             pid = start("killed")
-            reached = lambda at=at: at and any(row["step"] >= at for row in read_records(records))  # noqa: E731
-            status = driver.until(pid, reached)
+            # just when a checkpoint stands, with most of an interval to the next sample
+            place = stage / "checkpoints" / checkpoints.name_of(at or 0)
+            status = driver.until(pid, place.is_dir)
             if at:
                 assert status is None, driver.said()
-                curves.append(read_records(records))
                 os.kill(pid, signal.SIGKILL)
                 killed = datetime.now(UTC).timestamp()
                 assert driver.until(pid) == -signal.SIGKILL
+                curves.append(read_records(stage / "metrics.jsonl"))
+                # what the checkpoint says was spent is on disk already
+                spent = ledger.stage_energy(outputs / "killed" / "energy.jsonl", "03_pretraining")[0]
+                newest = checkpoints.list_checkpoints(stage / "checkpoints")[-1]
+                assert spent >= read_json(newest / "state.json")["energy_kwh"] - 1e-12
             else:
                 assert status == 0, driver.said()
             times = [line.split() for line in (outputs / "killed.times").read_text().splitlines()]
