@@ -160,7 +160,7 @@ def main() -> None:
 
 
 def _settings(arguments: argparse.Namespace, chat: Chat, examples: list[Example]) -> dict[str, Chat]:
-    """The authors' way, ours with the same numbers, and ours with a row a step and the rate for its larger steps."""
+    """The authors' way, ours with the same numbers, and ours with a row a step, as many conversations as theirs."""
 
     def one(faithful: bool, tokens: int, rate: float) -> Chat:
         made = chat.model_copy(update={"faithful": faithful, "tokens_per_step": tokens, "learning_rate": rate})
@@ -169,13 +169,10 @@ def _settings(arguments: argparse.Namespace, chat: Chat, examples: list[Example]
         return made.model_copy(update={"warmup_steps": max(1, round(arguments.warmup_share * steps))})
 
     rate, authors = arguments.learning_rate, 4 * arguments.block
-    # conversations of a packed row, beside the 4 of the authors' step
-    larger = len(examples) / len(rows_of(examples, arguments.block)) / 4
     return {
         "padded, 4 rows a step": one(True, authors, rate),
         "packed, 4 rows a step": one(False, authors, rate),
         "packed, a row a step": one(False, arguments.block, rate),
-        f"the same, rate x sqrt({larger:.2f})": one(False, arguments.block, rate * max(1.0, larger) ** 0.5),
     }
 
 
