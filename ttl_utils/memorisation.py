@@ -59,9 +59,10 @@ def memorisation(run: Run, name: str, stage: Stage) -> dict[str, Any]:
     for side in ("train", "test"):
         paths = [file for file in tokens.files("tokens") if file.name.startswith(f"{side}-")]
         sides[side] = sample_passages(paths, sum(lengths), run.params.seed)
-    model = load_model(folder, choose_hardware(run.params.pretraining))
     figures: dict[str, Any] = {"prompt": lengths[0], "continuation": lengths[1]}
-    with Progress(f"passages completed by {name}", sum(map(len, sides.values()))) as progress:
+    passages_in_all = sum(map(len, sides.values()))
+    with stage.measuring(), Progress(f"passages completed by {name}", passages_in_all) as progress:
+        model = load_model(folder, choose_hardware(run.params.pretraining))
         for side, passages in sides.items():
             figures[side] = completed(model, passages, lengths[0], run.params.seed, progress)
     write_json(path, {"key": key, "figures": figures})
