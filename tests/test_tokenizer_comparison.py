@@ -24,11 +24,11 @@ from transformers import PreTrainedTokenizerFast
 from tests.tiny import ADJECTIVES, NOUNS, sentence
 from ttl_utils import encoders, figures_corpus
 from ttl_utils import tokenizer_comparison as module
-from ttl_utils.bootstrap import ratio, resample
 from ttl_utils.corpus import documents
 from ttl_utils.encoders import alphabet, from_sentencepiece, from_transformers, train_wordpiece
 from ttl_utils.errors import SourceError, TTLError
 from ttl_utils.progress import Progress
+from ttl_utils.resampling import ratio, resample
 from ttl_utils.tokenizer import train_sentencepiece
 
 VOCABULARY = 500

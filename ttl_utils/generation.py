@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from ttl_utils import toxicity
-from ttl_utils.bootstrap import ratio, resample
 from ttl_utils.code_words import looks_like_code, translated_words
 from ttl_utils.errors import SourceError
 from ttl_utils.files import read_json, write_json
 from ttl_utils.model import choose_hardware
+from ttl_utils.resampling import ratio, resample
 from ttl_utils.run import Run, Stage
 from ttl_utils.sampling import generate
 from ttl_utils.schema import Generation

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from ttl_utils.blocks import TokenBlocks
-from ttl_utils.bootstrap import LEVEL, ratio, resample
 from ttl_utils.decoding import greedy
 from ttl_utils.files import read_json, write_json
 from ttl_utils.model import choose_hardware
 from ttl_utils.progress import Progress
+from ttl_utils.resampling import LEVEL, ratio, resample
 from ttl_utils.run import Run, Stage
 from ttl_utils.subject import load_model, same_tokens
 from ttl_utils.tokenizer import load_tokenizer

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ttl_utils import bootstrap
+from ttl_utils import resampling
 from ttl_utils.errors import TTLError
 from ttl_utils.schema import Evaluation
 from ttl_utils.tasks import answers
@@ -134,7 +134,7 @@ def score(opened: Opened, samples: list[dict], results: dict) -> dict:
     pairs = [sample[name] for sample in samples if isinstance(sample.get(name), (tuple, list))]
     if opened.wanted.task in OWN_TASKS and opened.about["metric"] in DRAWN and len(pairs) > 1:
         columns, of = DRAWN[opened.about["metric"]]
-        stderr = float(of(bootstrap.resample(columns(pairs), seed=0)).std(ddof=1))
+        stderr = float(of(resampling.resample(columns(pairs), seed=0)).std(ddof=1))
         if name == "pearson" and len({predicted for _, predicted in pairs}) == 1:
             stderr = None
     chance, constant = _baselines(opened, samples)
@@ -220,7 +220,7 @@ def _fingerprint(task: Any, seed: int) -> str:
     config = task.dump_config()
     # where the file of this one loading lay
     config["metadata"] = {key: value for key, value in (task.config.metadata or {}).items() if key != "config_source"}
-    # lm-eval's version stands for what its own files import, and the helper's text for what ours do
+    # lm-eval's version stands for what its own files import, and the text of answers.py for what ours do
     code = hashlib.sha256((TASKS / "answers.py").read_bytes()).hexdigest() if task.config.task in OWN_TASKS else None
     parts = [config, seed, lm_eval.__version__, code, task.content()]
     text = json.dumps(parts, sort_keys=True, default=lambda value: getattr(value, "__qualname__", type(value).__name__))

@@ -27,13 +27,13 @@ import sentencepiece as spm
 import tokenizers
 
 from ttl_utils import paper, sources
-from ttl_utils.bootstrap import ratio, resample
 from ttl_utils.cleaning import clean
 from ttl_utils.corpus import documents
 from ttl_utils.encoders import SPECIAL, Encoder, from_sentencepiece, from_transformers, load, train_wordpiece
 from ttl_utils.errors import TTLError
 from ttl_utils.files import read_json, write_bytes, write_json
 from ttl_utils.progress import Progress
+from ttl_utils.resampling import ratio, resample
 from ttl_utils.run import Run, Stage
 from ttl_utils.schema import TextSet
 from ttl_utils.tokenizer import sample_share, sample_texts, train_sentencepiece, training_lines
