@@ -141,6 +141,25 @@ def test_stages_of_another_run_and_work_beside_another_are_named(made):
     assert {"run", "beside another (s)", "on folders set aside (Wh)"} <= set(frame)
 
 
+def test_a_run_on_a_base_that_has_its_report(made, tiny):
+    base, kwh = made[0], WATTS / 3.6e6
+    same = {"max_steps": STEPS, "eval_steps": 6}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TTL_OUTPUTS", str(base.folder.parent))
+        patch.setattr(carbon, "track", lambda *_, **__: contextlib.nullcontext(carbon.EnergySession()))
+        variant = Run(load_params({"file": tiny.file, "run": "variant", "base": base.name, "pretraining": same}))
+        stage = report.carbon_report(variant)
+        other = {"max_steps": STEPS, "learning_rate": 0.01}
+        other = Run(load_params({"file": tiny.file, "run": "other", "base": base.name, "pretraining": other}))
+        assert not other.stage("03_pretraining").from_base and not other.stage("06_carbon_report").from_base
+        assert variant.stage("03_pretraining").from_base
+    assert stage.folder.parent == variant.folder
+    metrics = stage.metrics()
+    assert {row["run"] for row in metrics["stages"]} == {base.name}
+    assert metrics["of_other_runs_kwh"] == metrics["energy_kwh"] == pytest.approx(120 * kwh)
+    assert "| stage | run |" in (stage.folder / "report.md").read_text(encoding="utf-8")
+
+
 def test_an_executed_notebook_as_a_page_asks_for_nothing():
     cells = [
         nbformat.v4.new_markdown_cell("# A title\n\n$x$ and ![](data:image/png;base64,AA==)"),

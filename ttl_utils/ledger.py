@@ -116,8 +116,9 @@ def run_rows(run: Run) -> dict[str, list[dict]]:
 
     own = read_ledger(run.folder / "energy.jsonl")
     found = {run.name: [row for row in own if not STAGES.get(row["stage"], STAGES["01_data"]).report]}
-    for stage in run.stages():
-        if stage.from_base and not stage.definition.report:
+    # a report is left out by its name: to ask whether it is a base's would ask for these rows
+    for stage in (run.stage(name) for name, definition in STAGES.items() if not definition.report):
+        if stage.from_base:
             ledger = stage.folder.parent / "energy.jsonl"
             # the number: a search of stage 03 has a name of its own
             rows = [row for row in read_ledger(ledger) if row["stage"][:2] == stage.name[:2]]
