@@ -148,6 +148,7 @@ def test_running_again_reuses_everything_and_says_so(whole: Command) -> None:
     again = whole.ttl("run", whole.file)
     assert again.returncode == 0, again.stderr
     assert all(re.search(rf"{stage}: finished .* reused", again.stdout) for stage in STAGES), again.stdout
+    assert "run 'tiny' is complete" in again.stdout
     assert time.monotonic() - started < 60
     assert before == {path: path.stat().st_mtime_ns for path in whole.run.glob("0*/**/*") if path.is_file()}
 
@@ -190,6 +191,7 @@ def test_a_variant_uses_the_base_runs_stages(copied: Command) -> None:
     )
     assert made.returncode == 0, made.stderr
     assert "02_tokenizer of run 'tiny'" in made.stdout
+    assert "01_data, 02_tokenizer, 03_pretraining finished in " in made.stdout and "is complete" not in made.stdout
     assert not (copied.outputs / "other" / "02_tokenizer").exists()
     assert json.loads((copied.outputs / "other" / "03_pretraining" / "metrics.json").read_text())["steps"] == 2
 
@@ -264,7 +266,7 @@ def test_status_and_plan(whole: Command) -> None:
 def test_runs_are_compared_and_a_missing_one_is_named(whole: Command) -> None:
     compared = whole.ttl("compare", "tiny")
     assert compared.returncode == 0, compared.stderr
-    assert (whole.outputs / "comparisons" / "tiny" / "curves.png").is_file()
+    assert (whole.outputs / "comparisons" / "tiny" / "figures" / "curves.png").is_file()
     missing = whole.ttl("compare", "tiny", "tinny")
     assert missing.returncode != 0 and "'tinny'" in missing.stderr and "tiny" in missing.stderr
 

@@ -525,15 +525,20 @@ def test_a_figure_is_saved_with_its_data(tmp_path, name, chosen):
     draw, rows = FIGURES[name]
     table = pd.DataFrame(rows)
     draw(run, table)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.{kind}" for kind in ("csv", "png", "svg")]
+    kinds = ("csv", "pdf", "png", "svg")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.{kind}" for kind in kinds]
     written = pd.read_csv(tmp_path / f"{name}.csv")
-    assert written.columns.tolist() == table.columns.tolist() and len(written) == len(table)
+    # the marked threshold is data of the figure too
+    marked = ["chosen"] if name == "01_toxicity" else []
+    assert written.columns.tolist() == [*table.columns, *marked] and len(written) == len(table)
+    assert all((written[column] == chosen).all() if chosen else written[column].isna().all() for column in marked)
 
 
 def test_the_curve_of_near_duplicates_is_saved(tmp_path):
     table = pd.DataFrame({"similarity": [0, 0.5, 1], "probability": [0, 0.4, 1], "found": [0, 0.5, 1]})
     figures_corpus.minhash_curve(SimpleNamespace(figures=tmp_path), table, 0.6)
-    assert pd.read_csv(tmp_path / "01_minhash.csv").equals(table.astype({"similarity": float}))
+    wanted = table.astype({"similarity": float}).assign(half_found_at=0.6)
+    assert pd.read_csv(tmp_path / "01_minhash.csv").equals(wanted)
 
 
 def test_the_way_of_documents_adds_up_to_what_was_read():
@@ -542,11 +547,14 @@ def test_the_way_of_documents_adds_up_to_what_was_read():
 
 
 def test_the_bars_of_a_source_fill_the_line(tmp_path):
-    rules = [{"source": "um", "step": f"rule {n}", "documents": n + 1} for n in range(7)]
+    reasons = ["too few words", "language", "empty", "too long", "too many words", "licence"]
+    rules = [{"source": "um", "step": reason, "documents": n + 1} for n, reason in enumerate(reasons)]
+    # told in too many ways to have a bar of its own, however common
+    rules.append({"source": "um", "step": "row 7: no text", "documents": 9})
     table = pd.DataFrame([*rules, {"source": "um", "step": "training", "documents": 5}])
     figure = figures_corpus.flow(SimpleNamespace(figures=tmp_path), table)
     bars = [patch for patch in figure.axes[0].patches]
     assert sum(bar.get_width() for bar in bars) == pytest.approx(1)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     # the four commonest rules, the rest together, and what is kept
-    assert names == ["rule 6", "rule 5", "rule 4", "rule 3", "other rules", "training"]
+    assert names == ["licence", "too many words", "too long", "empty", "other reasons", "training"]

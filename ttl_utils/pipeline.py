@@ -97,7 +97,9 @@ def run_notebooks(arguments: argparse.Namespace) -> None:
         execute(run, name, given)
     run.gather_metrics()
     run.record()
-    print(f"run {run.name!r} is complete in {run.folder} (this took {clock(time.monotonic() - started)})")
+    finished = [name for name in STAGES if run.stage(name).finished]
+    done = f"run {run.name!r} is complete" if len(finished) == len(STAGES) else f"{', '.join(finished)} finished"
+    print(f"{done} in {run.folder} (this took {clock(time.monotonic() - started)})")
 
 
 def _asked(run: Run, name: str) -> dict:

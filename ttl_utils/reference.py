@@ -29,8 +29,13 @@ from ttl_utils.run import STAGES, Run
 SIZE = "nano"
 READMES = ("README.md", "README.pt-BR.md")
 # what is copied beside the notebooks: no weights, no text
-PATTERNS = ("metrics.json", "run.json", "06_carbon_report/report.*", "tables/*")
-PATTERNS += ("figures/*.png", "figures/*.svg", "figures/*.csv")
+PATTERNS = (
+    "metrics.json",
+    "run.json",
+    "06_carbon_report/report.*",
+    "tables/*",
+    *(f"figures/*.{kind}" for kind in ("png", "svg", "csv")),
+)
 # so many words in a row that also stand in a tweet are held for that tweet
 SHINGLE = 6
 HIDDEN = "[a tweet, not shown]"
@@ -56,51 +61,58 @@ def package_hash() -> str:
     return digest.hexdigest()
 
 
-class Tweets:
+def tweet_runs(run: Run) -> set[tuple[str, ...]]:
     """The run's tweets as runs of words, to find and hide them in what notebooks put out."""
+    from ttl_utils import wheels
 
-    def __init__(self, run: Run):
-        from ttl_utils import wheels
-
-        self.shingles: set[tuple[str, ...]] = set()
-        for source in run.params.data.active:
-            if source.reader == "dantestocks":
-                for row in wheels.read(source, run.params.data, Counter()):
-                    words = re.findall(r"\w+", row["text"].lower())
-                    self.shingles.update(zip(*(words[start:] for start in range(SHINGLE)), strict=False))
-
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """Where tweets stand in a text, HTML or not."""
-        # entities and escapes part words; a table's cell parts texts
-        blank = re.sub(r"&#?\w+;|\\[nrtu]", lambda found: " " * len(found[0]), text)
-        words = list(re.finditer(r"\w+|</t[dh]>", blank))
-        names = [word[0].lower() for word in words]
-        found: list[tuple[int, int]] = []
-        for start in range(len(words) - SHINGLE + 1):
-            if tuple(names[start : start + SHINGLE]) in self.shingles:
-                begin, end = words[start].start(), words[start + SHINGLE - 1].end()
-                if found and begin <= found[-1][1]:
-                    begin = found.pop()[0]
-                found.append((begin, end))
-        return found
-
-    def hide(self, text: str) -> str:
-        for begin, end in reversed(self.spans(text)):
-            text = text[:begin] + HIDDEN + text[end:]
-        return text
+    found: set[tuple[str, ...]] = set()
+    for source in run.params.data.active:
+        if source.reader == "dantestocks":
+            for row in wheels.read(source, run.params.data, Counter()):
+                words = re.findall(r"\w+", row["text"].lower())
+                found.update(zip(*(words[start:] for start in range(SHINGLE)), strict=False))
+    return found
 
 
-def clean_notebook(path: Path, tweets: Tweets, outputs: Path) -> nbformat.NotebookNode:
+def spans(text: str, tweets: set[tuple[str, ...]]) -> list[tuple[int, int]]:
+    """Where tweets stand in a text, HTML or not."""
+    # entities and escapes part words; a table's cell parts texts
+    blank = re.sub(r"&#?\w+;|\\[nrtu]", lambda found: " " * len(found[0]), text)
+    words = list(re.finditer(r"\w+|</t[dh]>", blank))
+    names = [word[0].lower() for word in words]
+    found: list[tuple[int, int]] = []
+    for start in range(len(words) - SHINGLE + 1):
+        if tuple(names[start : start + SHINGLE]) in tweets:
+            begin, end = words[start].start(), words[start + SHINGLE - 1].end()
+            if found and begin <= found[-1][1]:
+                begin = found.pop()[0]
+            found.append((begin, end))
+    return found
+
+
+def hide(text: str, tweets: set[tuple[str, ...]]) -> str:
+    for begin, end in reversed(spans(text, tweets)):
+        text = text[:begin] + HIDDEN + text[end:]
+    return text
+
+
+def clean_notebook(path: Path, tweets: set[tuple[str, ...]], outputs: Path) -> nbformat.NotebookNode:
     """An executed notebook to be seen by anyone: no tweet, no folder of this machine, no clock of each cell."""
     # the longest first: one may lie in another
-    folders = {outputs: "outputs", project_root(): ".", Path(sys.prefix): "python", Path.home(): "~"}
-    folders |= {Path(tempfile.gettempdir()): "temporary"}
+    temporary = Path(tempfile.gettempdir())
+    folders = {
+        outputs: "outputs",
+        project_root(): ".",
+        Path(sys.prefix): "python",
+        Path.home(): "~",
+        temporary: "temporary",
+    }
     named = sorted(((str(folder), name) for folder, name in folders.items() if folder), key=lambda pair: -len(pair[0]))
 
     def clean(text: str) -> str:
         for folder, name in named:
             text = re.sub(rf"{re.escape(folder)}(?![\w.-])", name, text)
-        return tweets.hide(text)
+        return hide(text, tweets)
 
     notebook = nbformat.read(path, as_version=4)
     notebook.metadata = {key: notebook.metadata[key] for key in ("kernelspec", "language_info")}
@@ -124,7 +136,7 @@ def shown_text(notebook: Path) -> str:
     return html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", " ", "\n".join(parts), flags=re.DOTALL))
 
 
-def problems(folder: Path, tweets: Tweets) -> list[str]:
+def problems(folder: Path, tweets: set[tuple[str, ...]]) -> list[str]:
     """What nobody is to see, by file: tweets, folders of the machine, its name."""
     host, found = socket.gethostname(), []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"):
@@ -132,7 +144,7 @@ def problems(folder: Path, tweets: Tweets) -> list[str]:
         # embedded pictures are letters that may spell anything
         text = re.sub(r"base64,[\w+/=\s]+", "", text)
         name = path.relative_to(folder)
-        found += [f"{name} shows a tweet: {text[begin:end][:60]!r}" for begin, end in tweets.spans(text)[:1]]
+        found += [f"{name} shows a tweet: {text[begin:end][:60]!r}" for begin, end in spans(text, tweets)[:1]]
         if match := _PATH.search(text):
             found.append(f"{name} names a folder: {text[match.start() : match.start() + 60]!r}")
         if len(host) > 3 and host != "localhost" and re.search(rf"\b{re.escape(host)}\b", text):
@@ -147,13 +159,12 @@ def collect(run: Run, target: Path) -> dict:
         TTLError: a stage is missing, or something would show a tweet or the machine.
     """
     executed = {run.need(name).name: run.folder / "notebooks" / f"{name}.ipynb" for name in STAGES}
-    tweets, record = Tweets(run), read_json(run.folder / "run.json")
+    tweets, record = tweet_runs(run), read_json(run.folder / "run.json")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
         partial = Path(scratch, target.name)
         for path in (path for pattern in PATTERNS for path in run.folder.glob(pattern)):
-            own = path.parent.name == "06_carbon_report"
-            copy = partial / (path.name if own else path.relative_to(run.folder))
+            copy = partial / path.relative_to(run.folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
         for path in executed.values():
