@@ -206,11 +206,16 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
         with autocast:
             sides["after"] = answers(model, tokenizer, settings, seed, status)
         metrics = _metrics(examples, records, settings, context)
-        metrics |= {"training": counts, "validation": held_counts, "precision": hardware.precision}
+        metrics |= {"training": counts, "validation": held_counts}
+        metrics |= {key: getattr(hardware, key) for key in ("device", "precision", "attention")}
         metrics |= {"base": {"name": base.name, "origin": base.origin, "revision": base.revision}}
         human = [tokenizer.decode(ids, skip_special_tokens=True) for one in held_out for ids in answer_ids(one)]
         for side, rows in sides.items():
             metrics[f"answers_{side}"], sides[side] = figures(rows, human, settings, seed)
+        energy.sample(write=True)
+        # of all sessions; what is asked of the finished stage later is not the fine-tuning's
+        spent = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
+        metrics |= dict(zip(("energy_kwh", "emissions_kg", "duration_s"), spent, strict=True))
         write_json(stage.folder / "answers.json", sides)
         outputs = {
             "model": save_model_folder(model, tokenizer, stage.folder / "model"),
