@@ -22,7 +22,7 @@ reference: $(VENV)/.ready
 	$(BIN)/python -m ttl_utils.reference
 
 lab: $(VENV)/.ready
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_data.ipynb
 
 $(VENV)/bin/python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ttl_utils.errors import TTLError
 from ttl_utils.files import read_json
@@ -95,18 +96,6 @@ def search_configurations(arguments: argparse.Namespace) -> None:
     search_command(Run(load_params(given_values(arguments))), arguments.steps)
 
 
-def compare_runs(arguments: argparse.Namespace) -> None:
-    from ttl_utils.comparison import compare_command
-
-    compare_command(arguments.runs)
-
-
-def run_sweep(arguments: argparse.Namespace) -> None:
-    from ttl_utils.sweep import sweep_command
-
-    sweep_command(arguments.size, arguments.file, arguments.base)
-
-
 def chat_with(arguments: argparse.Namespace) -> None:
     run = Run(load_params(given_values(arguments)))
     if arguments.web:
@@ -120,6 +109,8 @@ def chat_with(arguments: argparse.Namespace) -> None:
 
 
 def export_models(arguments: argparse.Namespace) -> None:
+    if arguments.to == "gguf" and (arguments.repository or arguments.dry_run):
+        raise TTLError("--repository and --dry-run are of --to hub: add it, or leave them out")
     run = Run(load_params(given_values(arguments)))
     if arguments.to == "gguf":
         from ttl_utils.gguf_files import export_gguf
@@ -132,29 +123,31 @@ def export_models(arguments: argparse.Namespace) -> None:
         publish(run, arguments.repository, dry_run=arguments.dry_run)
 
 
-def show_verdict(arguments: argparse.Namespace) -> None:
-    from ttl_utils.verdict import verdict_command
+def later(module: str, name: str, *given: str) -> Callable[[argparse.Namespace], None]:
+    """Calls `name` of the module with these arguments; it is imported only then, so that other commands start soon."""
 
-    verdict_command(arguments.runs)
+    def call(arguments: argparse.Namespace) -> None:
+        getattr(importlib.import_module(module), name)(*(getattr(arguments, argument) for argument in given))
 
-
-def redraw_figures(arguments: argparse.Namespace) -> None:
-    from ttl_utils.redraw import redraw_command
-
-    redraw_command(arguments.run, arguments.language, arguments.width)
+    return call
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="ttl", description="TeenyTinyLlama, step by step: see README.md")
     commands = made.add_subparsers(dest="command", required=True)
 
-    def sized(name: str, call: Any, text: str) -> argparse.ArgumentParser:
+    def plain(name: str, call: Callable, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("size", help="nano, 40m, 160m, 460m, or the path of a parameter file")
+        command.set_defaults(call=call)
+        return command
+
+    def sized(name: str, call: Callable, text: str) -> argparse.ArgumentParser:
+        command = plain(name, call, text)
+        command.add_argument("size", metavar="SIZE", help="nano, 40m, 160m, 460m, or the path of a parameter file")
         command.add_argument("--run", help="the run's name and folder; default: the size")
         command.add_argument("--base", help="a run whose finished stages are used where they are the same")
-        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override a key")
-        command.set_defaults(call=call)
+        change = "override a key, as pretraining.max_steps=50; may be repeated"
+        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=change)
         return command
 
     run = sized("run", run_notebooks, "run the notebooks, reusing what is finished")
@@ -173,14 +166,14 @@ def parser() -> argparse.ArgumentParser:
     search = sized("search", search_configurations, "time precision, attention, batch split and more on this machine")
     search.add_argument("--steps", type=int, default=3, help="timed steps of each configuration")
     sized("evaluate", evaluate_checkpoints, "perplexity and checkpoint_tasks of the checkpoints so far, also under way")
-    compare = commands.add_parser("compare", help="runs beside each other: parameters, curves, figures, one table")
-    compare.add_argument("runs", nargs="+", metavar="RUN")
-    compare.set_defaults(call=compare_runs)
-    sweep = commands.add_parser("sweep", help="pretrain a list of variants, one after another")
-    sweep.add_argument("size", help="a size, or the path of a parameter file")
-    sweep.add_argument("file", help="a YAML list of overrides")
+    compared = later("ttl_utils.comparison", "compare_command", "runs")
+    compare = plain("compare", compared, "runs beside each other: parameters, curves, figures, one table")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="names of runs, as `ttl status` lists them")
+    swept = later("ttl_utils.sweep", "sweep_command", "size", "file", "base")
+    sweep = plain("sweep", swept, "pretrain a list of variants, one after another")
+    sweep.add_argument("size", metavar="SIZE", help="nano, 40m, 160m, 460m, or the path of a parameter file")
+    sweep.add_argument("file", metavar="FILE", help="a YAML list of overrides, one run each")
     sweep.add_argument("--base", help="the run whose corpus and tokenizer all of them use; default: the size's")
-    sweep.set_defaults(call=run_sweep)
     chat = sized("chat", chat_with, "talk to the chat model, in the terminal or in a web page")
     chat.add_argument("--web", action="store_true", help="a page on this machine (extra `demo`)")
     chat.add_argument("--host", default="127.0.0.1", help="address of the page; 0.0.0.0 lets other machines in")
@@ -189,17 +182,16 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--to", choices=("gguf", "hub"), default="gguf", help="default: gguf")
     export.add_argument("--repository", metavar="OWNER/NAME", help="on the hub; the chat model's ends in -Chat")
     export.add_argument("--dry-run", action="store_true", help="write the cards and list the files, send nothing")
-    verdict = commands.add_parser("verdict", help="every table and figure of the paper against these runs, on one page")
+    judged = later("ttl_utils.verdict", "verdict_command", "runs")
+    verdict = plain("verdict", judged, "every table and figure of the paper against these runs, on one page")
     verdict.add_argument("runs", nargs="*", metavar="RUN", help="a run of the outputs; reference/nano is one too")
-    verdict.set_defaults(call=show_verdict)
-    figures = commands.add_parser("figures", help="draw a run's figures anew from their saved data, for a paper")
-    figures.add_argument("run")
+    redrawn = later("ttl_utils.redraw", "redraw_command", "run", "language", "width")
+    figures = plain("figures", redrawn, "draw a run's figures anew from their saved data, for a paper")
+    figures.add_argument("run", metavar="RUN", help="a run's name, as `ttl status` lists it")
     figures.add_argument("--language", choices=("en", "pt"), default="en", help="of the labels; pt: decimal comma")
     figures.add_argument("--width", choices=("column", "page"), default="column", help="8.6 cm or 17.8 cm")
-    figures.set_defaults(call=redraw_figures)
-    status = commands.add_parser("status", help="what is made, and what is under way")
-    status.add_argument("run", nargs="?")
-    status.set_defaults(call=show_status)
+    status = plain("status", show_status, "what is made, and what is under way")
+    status.add_argument("run", nargs="?", metavar="RUN", help="a run's name; default: all runs")
     return made
 
 
