@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import subprocess
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,6 +16,7 @@ import pytest
 import yaml
 
 from ttl_utils.commands import parser
+from ttl_utils.model import count_parameters
 from ttl_utils.params import load_params
 from ttl_utils.planning import report
 from ttl_utils.reference import READMES
@@ -137,6 +140,7 @@ def test_commands_are_ones_that_we_have(name: str) -> None:
                 parser().parse_args(words[words.index("ttl_utils") + 1 :])
 
 
+@cache
 def known_keys() -> set[str]:
     """`section.key`, and deeper, of all sizes."""
     flat = [load_params({"size": size}).flat() for size in ("nano", "160m")]
@@ -155,6 +159,12 @@ def test_keys_and_files_in_prose_exist(name: str) -> None:
     assert not [module for module in modules if not list(ROOT.glob(f"*/{module}"))]
 
 
+def test_every_module_has_its_place_in_contributing() -> None:
+    text = text_of(ROOT / "CONTRIBUTING.md")
+    modules = [path.name for path in (ROOT / "ttl_utils").glob("[!_]*.py")]
+    assert not [name for name in modules if f"`{name}`" not in text and not name.startswith("figures_")]
+
+
 def test_yaml_blocks_are_yaml() -> None:
     for name in TOLD:
         for kind, block in CODE.findall(text_of(ROOT / name)):
@@ -162,6 +172,11 @@ def test_yaml_blocks_are_yaml() -> None:
                 assert isinstance(yaml.safe_load(block), list)
             if kind == "sh" and block.startswith("#!"):
                 subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+@cache
+def plan(size: str, gpu: str | None) -> str:
+    return report(load_params({"size": size}), gpu=gpu)
 
 
 class TestBothReadmes:
@@ -204,7 +219,7 @@ class TestBothReadmes:
     )
     def test_quote_the_plan(self, size: str, log: str, gpu: str | None) -> None:
         planned = []
-        for line in report(load_params({"size": size}), gpu=gpu).splitlines():
+        for line in plan(size, gpu).splitlines():
             if found := re.match(rf" *({log}|Tucano)[^)]*\)+ +[\d.]+ +[\d,]+ +([\d.]+) .* ([\d.]+|-)$", line):
                 planned.append([float(value) for value in found.groups()[1:] if value != "-"])
         (log_hours, *log_usd), (tucano_hours, *tucano_usd) = planned
@@ -213,6 +228,19 @@ class TestBothReadmes:
             hours, usd = ([int(number) for number in re.findall(r"\d+", cell)] for cell in row.split("|")[5:7])
             wanted = [log_hours] if gpu else [log_hours, tucano_hours, *log_usd, *tucano_usd]
             assert [*hours, *usd] == pytest.approx(wanted, abs=0.5), row
+
+    @pytest.mark.parametrize("size", ["nano", "40m", "160m", "460m"])
+    def test_quote_the_disk_that_checkpoints_take(self, size: str) -> None:
+        params = load_params({"size": size})
+        settings = params.pretraining
+        # every checkpoint and the final model in fp32; Adam's two moments for those that can be resumed
+        kept = math.ceil(settings.max_steps / settings.save_steps) + 1
+        each = 4 * count_parameters(params.model, params.tokenizer.vocab_size)
+        gigabytes = each * (kept + 2 * settings.resumable_checkpoints) / 1e9
+        for text in (self.english, self.portuguese):
+            (row,) = re.findall(rf"^\| `{size}` .*$", text, re.MULTILINE)
+            quoted = row.split("|")[7].removesuffix(" GB ").strip().replace(",", ".")
+            assert float(quoted) == pytest.approx(gigabytes, abs=0.05 if "." in quoted else 0.5), row
 
     def test_begin_with_a_picture_and_two_commands(self) -> None:
         for text in (self.english, self.portuguese):
