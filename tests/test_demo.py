@@ -149,7 +149,7 @@ class TestPage:
         assert len(lengths) > 4 and lengths == sorted(lengths)
         near = page.locator("#near-question article").all_inner_texts()
         assert near[0].startswith("100%") and question in near[0]
-        assert page.locator("#near-answer").inner_text()
+        assert page.locator("#near-answer article").count() > 0
         assert page.locator("#box textarea").input_value() == ""
         assert page.locator("#chat .user.message").all_inner_texts() == [question]
 
@@ -247,6 +247,7 @@ class TestPage:
         assert server.asked[0][1] == chat
         page.get_by_text(PT["controls.label"], exact=True).click()
         page.get_by_label(PT["seed.label"]).fill("7")
+        page.get_by_label(PT["seed.label"]).press("Tab")
         number = page.locator("input[type=number]")
         # the last slider's, before the seed
         number.nth(4).fill("3")
@@ -255,10 +256,41 @@ class TestPage:
         until(lambda: len(server.asked) == 2 and finished(page))
         assert server.asked[1][1] == chat.model_copy(update={"max_new_tokens": 3}) and server.asked[1][2] == 7
 
-    def test_samples_hold_figure_3_s_prompt(self, server: Server, visit: Visit) -> None:
+    def test_samples_are_the_run_s_prompts(self, server: Server, visit: Visit) -> None:
         page = visit()
-        page.locator("#samples button").first.click()
-        until(lambda: page.locator("#box textarea").input_value() == PT["figure_3"])
+        for number, prompt in enumerate(server.run.params.chat.prompts):
+            page.locator("#samples button").nth(number).click()
+            until(lambda prompt=prompt: page.locator("#box textarea").input_value() == prompt)
+
+    @pytest.mark.parametrize(("typed", "first"), [("-3", 2**31 - 3), ("", 0), ("1e30", int(1e30) % 2**31)])
+    def test_any_seed_is_taken(self, server: Server, visit: Visit, typed: str, first: int) -> None:
+        page = visit()
+        page.get_by_text(PT["controls.label"], exact=True).click()
+        page.get_by_label(PT["seed.label"]).fill(typed)
+        page.get_by_label(PT["seed.label"]).press("Tab")
+        ask(page, "Olá")
+        until(lambda: finished(page) and len(server.asked) == 1)
+        page.click("#retry")
+        until(lambda: finished(page) and len(server.asked) == 2)
+        assert [seed for *_, seed in server.asked] == [first, first + 1]
+
+    def test_whom_a_full_queue_refuses_can_ask_again(self, server: Server, visit: Visit, monkeypatch) -> None:
+        one, waits, refused = visit(), visit(), visit()
+        monkeypatch.setattr(server.blocks._queue, "max_size", 1)
+        server.pause_s = 0.25
+        ask(one, "Olá")
+        until(lambda: answers(one))
+        ask(waits, "O que é a bacia?")
+        until(lambda: "queue" in waits.locator("#note").inner_text().lower())
+        ask(refused, "Quem é você?")
+        refused.wait_for_selector(".toast-body")
+        refused.wait_for_selector("#send")
+        server.pause_s = 0
+        until(lambda: finished(one) and finished(waits))
+        assert len(server.asked) == 2
+        refused.click("#retry")
+        until(lambda: finished(refused) and len(server.asked) == 3)
+        assert refused.locator("#chat .user.message").all_inner_texts() == ["Quem é você?"]
 
     def test_every_text_of_the_page_changes_its_language(self, server: Server, visit: Visit) -> None:
         page = visit()
@@ -299,6 +331,10 @@ class TestPage:
 
     def test_old_turns_that_no_longer_fit_are_said(self, server: Server, visit: Visit) -> None:
         page = visit()
+        page.get_by_text(PT["controls.label"], exact=True).click()
+        # the last slider's: short answers, soon written
+        page.locator("input[type=number]").nth(4).fill("2")
+        page.locator("input[type=number]").nth(4).press("Tab")
         for number in range(3):
             ask(page, f"{number} " + "a " * 80)
             until(lambda number=number: finished(page) and len(answers(page)) == number + 1)
@@ -315,7 +351,7 @@ class TestPage:
 class TestWithoutABrowser:
     def test_the_server_itself_refuses(self, server: Server) -> None:
         page = demo._Page(server.run)
-        refused = page.accept("a" * 10_000_000, [], "idle", "pt", 24)
+        refused = page.accept("a" * 1_000_000, [], "idle", "pt", 24)
         assert refused[5].startswith("A mensagem é longa demais") and refused[1] == page.gr.skip()
         assert page.accept(" ", [], "idle", "pt", 24)[5] == ""
         # a second message while the first is answered
@@ -352,6 +388,7 @@ class TestWithoutABrowser:
         blocks = SimpleNamespace(server_port=7860, block_thread=lambda: None)
         monkeypatch.setattr(demo, "build", lambda run: blocks)
         monkeypatch.setattr(demo, "_launch", lambda *given, **_: launched.append(given))
+        monkeypatch.setattr(demo, "_check_free", lambda *_: None)
         for host, warned in (
             ("127.0.0.1", False),
             ("localhost", False),
@@ -369,8 +406,14 @@ class TestWithoutABrowser:
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            with pytest.raises(TTLError, match="cannot listen at 127.0.0.1, port"):
+            with pytest.raises(TTLError, match="cannot listen at --host 127.0.0.1, --port [0-9]+ .*in use"):
                 demo.serve(server.run, port=taken.getsockname()[1])
+
+    @pytest.mark.parametrize(("host", "port"), [("1.2.3.4", None), ("a..b", 7860), ("127.0.0.1", 99_999)])
+    def test_an_address_that_cannot_be_is_said_before_the_model_is_loaded(self, monkeypatch, host, port) -> None:
+        monkeypatch.setattr(demo, "build", lambda _: pytest.fail("the page was built"))
+        with pytest.raises(TTLError, match="cannot listen at --host"):
+            demo.serve(SimpleNamespace(), host=host, port=port)
 
 
 class TestInANotebook:

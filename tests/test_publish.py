@@ -15,18 +15,18 @@ from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from tests.finished import OVERRIDES, finished
+from ttl_utils import gguf_files, memorisation
 from ttl_utils import model_card as mc
 from ttl_utils import publish as pb
 from ttl_utils.commands import main
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.files import read_json, write_json
-from ttl_utils.ledger import stage_totals
 
 MEMORISED = {"reason": "it was not asked for"}
+SPENT = {"cpu_kwh": 0.001, "gpu_kwh": 0.002, "ram_kwh": 0.0, "energy_kwh": 0.003, "emissions_kg": 0.0012}
 LEDGER = {
-    "rank": 0, "intensity_g_per_kwh": 400.0, "pue": 1.0, "time": "2026-01-01T00:00:00+00:00",
-    "duration_s": 60.0, "cpu_kwh": 0.001, "gpu_kwh": 0.002, "ram_kwh": 0.0, "energy_kwh": 0.003,
-    "emissions_kg": 0.0012, "country_iso_code": "BRA", "cpu_method": "modelled (rated power)",
+    "rank": 0, "intensity_g_per_kwh": 400.0, "pue": 1.0, "duration_s": 60.0,
+    "country_iso_code": "BRA", "cpu_method": "modelled (rated power)",
     "gpu_method": "measured (NVML)", "ram_method": "none", "codecarbon_version": "3", "final": True,
 }  # fmt: skip
 SCORE = {
@@ -41,7 +41,13 @@ def run(tiny, tiny_run, tiny_done, tmp_path_factory):
     done = finished(tiny.file, tiny_done.folder, tmp_path_factory.getbasetemp() / "finished")
     copy = tiny_run(**OVERRIDES)
     shutil.copytree(done.folder, copy.folder, ignore=shutil.ignore_patterns("export", ".locks"))
-    lines = [json.dumps(LEDGER | {"session": name, "stage": name}) for name in ("03_pretraining", "05_chat")]
+    lines = []
+    for name in ("03_pretraining", "05_chat"):
+        manifest = copy.stage(name).manifest()
+        # the folder's own work, and a report that was asked of the finished stage
+        for number, time in enumerate((manifest["started"], "2099-01-01T00:00:00+00:00")):
+            row = LEDGER | {"session": f"{name}-{number}", "stage": name, "time": time}
+            lines.append(json.dumps(row | {key: value * 10**number for key, value in SPENT.items()}))
     (copy.folder / "energy.jsonl").write_text("\n".join(lines) + "\n")
     scored = {"origin": "this run", "perplexity": 31.5, "bits_per_byte": 1.25, "downstream": {}}
     scored["harness"] = {"arc_pt": SCORE, "other": {"status": "not run", "reason": "no network"}}
@@ -72,6 +78,8 @@ def card(run, name, repository=None, files=()):
 
 
 def test_a_dry_run_needs_no_name_no_token_and_no_network(run, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(memorisation, "PASSAGES", 20)
+    monkeypatch.setattr(gguf_files, "FORMS", {"q8_0": gguf_files.FORMS["q8_0"], "f16": gguf_files.FORMS["f16"]})
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda *_, **__: pytest.fail("the hub was asked"))
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the network was used"))
     assert main(["export", tiny.file, "--to", "hub", "--dry-run"]) == 0
@@ -80,14 +88,19 @@ def test_a_dry_run_needs_no_name_no_token_and_no_network(run, tiny, monkeypatch,
         folder = run.folder / "export" / f"hub-{name}"
         found = {path.name for path in folder.iterdir()}
         wanted = {"README.md", "LICENSE.md", "data_sheet.md", "model.safetensors", "config.json", "tokenizer.json"}
-        assert wanted | {f"tiny-{name}-{form}.gguf" for form in ("f16", "q8_0", "q4_0")} <= found
+        assert wanted | {f"tiny-{name}-{form}.gguf" for form in ("f16", "q8_0")} <= found
         assert ("chat_template.jinja" in found) == (name == "chat")
         assert all(file in said for file in found)
         # the model's bytes stand on the disk once
         stage = {"base": "03_pretraining", "chat": "05_chat"}[name]
         assert os.path.samefile(folder / "model.safetensors", run.folder / stage / "model" / "model.safetensors")
         text = (folder / "README.md").read_text(encoding="utf-8")
-        assert "32 tokens of a passage" in text and f"tiny-{name}-f16.gguf" in text
+        assert {"base": "16 tokens of a passage", "chat": "a conversation up to an answer"}[name] in text
+        program = {
+            "base": "llama-completion -m tiny-base-f16.gguf -no-cnv",
+            "chat": "llama-cli -m tiny-chat-f16.gguf --jinja",
+        }
+        assert program[name] in text and "gguf" in metadata_load(folder / "README.md")["tags"]
         ModelCard(text)
         private = (str(run.folder.parent), socket.gethostname(), os.path.expanduser("~"))
         assert not [secret for secret in private if secret in text]
@@ -114,13 +127,37 @@ def test_a_folder_is_made_anew_whole_and_a_fault_leaves_the_earlier_one(run, qui
 
 
 def test_a_model_that_gguf_cannot_hold_is_published_without(run, quick, monkeypatch, capsys):
-    def refuse(*_):
-        raise TTLError("not BPE")
+    def refuse_chat(run, models):
+        if "chat" in models:
+            raise gguf_files.NotForGGUF("not BPE")
+        path = run.folder / "export" / "tiny-base-f16.gguf"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"GGUF")
+        return [path]
 
-    monkeypatch.setattr(pb, "export_gguf", refuse)
+    monkeypatch.setattr(pb, "export_gguf", refuse_chat)
     pb.publish(run, None, dry_run=True)
     assert "no GGUF files: not BPE" in capsys.readouterr().out
-    assert "llama-cli" not in (run.folder / "export" / "hub-base" / "README.md").read_text(encoding="utf-8")
+    base, chat = (run.folder / "export" / f"hub-{name}" / "README.md" for name in ("base", "chat"))
+    assert "gguf" in metadata_load(base)["tags"] and "llama-completion" in base.read_text(encoding="utf-8")
+    assert "gguf" not in metadata_load(chat)["tags"]
+    text = chat.read_text(encoding="utf-8")
+    assert "No GGUF file was made" in text and "llama-" not in text and "q4_0" not in text
+
+
+def test_a_full_disk_is_not_taken_for_a_model_that_gguf_cannot_hold(run, quick, monkeypatch):
+    def full(*_):
+        raise TTLError("no space left")
+
+    monkeypatch.setattr(pb, "export_gguf", full)
+    with pytest.raises(TTLError, match="no space left"):
+        pb.publish(run, None, dry_run=True)
+
+
+@pytest.mark.parametrize("flag", [["--dry-run"], ["--repository", "someone/tiny"]])
+def test_what_is_meant_for_the_hub_is_not_ignored(run, tiny, flag, capsys):
+    assert main(["export", tiny.file, *flag]) == 1
+    assert "--to hub" in capsys.readouterr().err
 
 
 def test_a_disk_without_hard_links_gets_copies(tmp_path, monkeypatch):
@@ -144,9 +181,9 @@ def test_the_cards_fields_are_what_the_run_measured(run):
         "text-generation",
     )
     assert fields["license"] == "other" and fields["license_link"] == "LICENSE.md" and "base_model" not in fields
-    co2, spent = fields["co2_eq_emissions"], stage_totals(run.folder / "energy.jsonl").set_index("stage")
-    # the hub counts grams
-    assert co2["emissions"] == pytest.approx(1000 * spent.loc["03_pretraining"].emissions_kg)
+    # the hub counts grams; of pretraining alone
+    co2 = fields["co2_eq_emissions"]
+    assert co2["emissions"] == pytest.approx(1.2) and "| energy kwh | 0.003 |" in text
     assert (co2["training_type"], "BRA" in co2["geographical_location"]) == ("pre-training", True)
     assert "gpu: measured (NVML)" in co2["source"] and "cpu: modelled" in co2["source"]
     results = fields["model-index"][0]["results"]
@@ -157,6 +194,11 @@ def test_the_cards_fields_are_what_the_run_measured(run):
         assert said in text
     metrics = run.stage("03_pretraining").metrics()
     assert f"{metrics['parameters']:,} parameters" in text
+    asked = run.params.evaluation.generation
+    assert (
+        f"max_new_tokens={asked.max_new_tokens}" in text and f"repetition_penalty={asked.repetition_penalty})" in text
+    )
+    assert f"top_p={asked.top_p}" in text and "rope theta" not in text and "| decay norms | False |" in text
     assert run.stage("03_pretraining").manifest()["outputs"]["model"]["fingerprint"] in text
     assert "$" not in text
 
@@ -168,6 +210,12 @@ def test_the_chat_card_has_its_own_energy_results_and_base(run):
     loss = run.stage("05_chat").metrics()["validation_loss_after"]
     (row,) = fields["model-index"][0]["results"]
     assert row["metrics"][0]["value"] == pytest.approx(math.exp(loss), rel=1e-6)
+    metrics, answered = run.stage("05_chat").metrics(), fields["co2_eq_emissions"]
+    assert answered["emissions"] == pytest.approx(1.2) and answered["hardware_used"].startswith("cpu;")
+    followed = metrics["answers_after"]["follows_template"]["value"]
+    assert "follows the template" in text and f"{len(run.params.chat.prompts)} prompts, 4 answers" in text
+    assert any("follows the template" in line and f"{followed:.3g}" in line for line in text.splitlines())
+    assert f"repetition_penalty={run.params.chat.repetition_penalty})" in text
     assert "apply_chat_template" in text and "chatterbot-chat" in text and "arc_pt" not in text
 
 
@@ -245,6 +293,8 @@ def test_what_others_made_has_terms_of_its_own(run, monkeypatch):
     given(run, monkeypatch, "pretraining", init_from="/home/me/secret/begin")
     found = mc.licence_of(run, "base")
     assert found["license"] == "other" and found["licences"] == ["CC BY 4.0", "terms of the initial model begin"]
+    given(run, monkeypatch, "pretraining", init_from="/home/me/runs/160m/03_pretraining/model")
+    assert mc.licence_of(run, "base")["licences"][1] == "terms of the initial model 160m/03_pretraining"
     given(run, monkeypatch, "chat", base_model="owner/theirs")
     assert mc.licence_of(run, "chat")["licences"] == ["BSD-3-Clause", "terms of the base model owner/theirs"]
     fields, text = card(run, "chat", "someone/tiny-Chat")
@@ -261,6 +311,24 @@ def test_tokens_of_others_take_the_place_of_the_corpus(run, monkeypatch):
     fields, text = card(run, "base")
     assert fields["datasets"] == ["owner/tokens"] and "Pretrained on the tokens of owner/tokens" in text
     assert "petrogold" not in text and "terms of the tokens owner/tokens" in text
+
+
+def test_a_mirrors_stand_in_is_not_passed_off_as_the_published_set(run, monkeypatch, tmp_path):
+    sources = [source.model_copy(update={"dataset": f"owner/{source.name}"}) for source in run.params.data.sources]
+    given(run, monkeypatch, "data", sources=sources)
+    path = run.folder / "01_data" / "metrics.json"
+    metrics = read_json(path)
+    local = next(report for report in metrics["sources"] if report["use"] == "corpus")
+    local["from_mirror"] = True
+    write_json(path, metrics)
+    fields, text = card(run, "base")
+    assert f"owner/{local['source']}" not in fields["datasets"] and fields["datasets"]
+    assert f"local mirror, which may not hold the published set: {local['source']}" in text
+    (tmp_path / "owner" / "tokens").mkdir(parents=True)
+    given(run, monkeypatch, "tokenizer", tokens=SimpleNamespace(dataset="owner/tokens"))
+    monkeypatch.setenv("TTL_MIRROR", str(tmp_path))
+    fields, text = card(run, "base")
+    assert "datasets" not in fields and "local mirror, which may not hold the published set: owner/tokens" in text
 
 
 # sending

@@ -135,7 +135,7 @@ def test_a_run_under_way_is_its_newest_whole_checkpoint(judge, there, capsys):
     # nothing of the folder of another process is changed
     (found.folder / "config.json").write_text("{}")
     assert subject_of(run, under_way=True).folder.name == "step-0000004"
-    assert "checkpoint step-0000008 is not evaluated" in capsys.readouterr().out
+    assert "checkpoint step-0000008 is passed over" in capsys.readouterr().err
     assert {path.name for path in found.folder.parent.iterdir()} == {"step-0000004", "step-0000008"}
     own(run, there, "model")
     finish(run)

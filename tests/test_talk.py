@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny_chat import CONTEXT, NEW_TOKENS, chat_run, save_chat_model
@@ -72,7 +72,7 @@ class TestLoad:
         _, tokenizer = talk.load(run)
         assert Path(tokenizer.name_or_path).name == "step-0000008"
         told = capsys.readouterr().err
-        assert "under way" in told and "step-0000008" in told and "step-0000012" in told
+        assert "under way" in told and "step-0000008" in told and "step-0000012 is passed over" in told
 
 
 class TestQuestion:
@@ -173,12 +173,13 @@ class TestStream:
         expected = talk.plain(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)).lstrip()
         assert self.say(loaded, run, top_k=1, repetition_penalty=1.3)[-1] == expected.rstrip("\ufffd")
 
+    @settings(max_examples=25)
     @given(text=st.text(max_size=30).map(clean).filter(lambda text: text and "\ufffd" not in text))
     def test_characters_are_whole_whatever_their_bytes(self, run: Run, loaded, text: str) -> None:
         model, tokenizer = loaded
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        settings = run.params.chat.model_copy(update={"max_new_tokens": 200})
-        texts = list(talk.stream(Scripted(model, tokenizer, ids), tokenizer, [1], settings, 0))
+        longer = run.params.chat.model_copy(update={"max_new_tokens": 200})
+        texts = list(talk.stream(Scripted(model, tokenizer, ids), tokenizer, [1], longer, 0))
         assert texts[-1] == talk.plain(text).lstrip()
         assert all(map(str.startswith, texts[1:], texts)) and not any("\ufffd" in one for one in texts)
 
@@ -222,9 +223,17 @@ class TestTerminal:
         talk.talk_in_terminal(run)
 
     def test_a_line_of_a_pipe_an_answer(self, run: Run, monkeypatch, capsys) -> None:
-        self.talk(run, monkeypatch, "Olá\n\n  \nO que é o mercado?\x00\udcff\n")
+        asked = []
+
+        def script(model: Any, tokenizer: Any, ids: list[int], *_: Any) -> Iterator[str]:
+            asked.append(tokenizer.decode(ids))
+            yield from ("É", "É\num", f"É\num {len(asked)}")
+
+        monkeypatch.setattr(talk, "stream", script)
+        self.talk(run, monkeypatch, f"Olá\n\n  \n{'bacia ' * 20_000}\nO que é o mercado?\x00\udcff\n")
         told = capsys.readouterr()
-        assert len(told.out.strip("\n").splitlines()) >= 2
+        assert told.out == "É um 1\n\n\n\nÉ um 2\n" and "too long" in told.err
+        assert asked[1].endswith("<instruction> O que é o mercado?</instruction>")
         assert "modelo de linguagem" in told.err and "language model" in told.err
         assert "modelo de linguagem" not in told.out
 
@@ -247,9 +256,24 @@ class TestTerminal:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(talk, "stream", interrupted)
-        self.talk(run, monkeypatch, "Olá\nOlá de novo\n")
-        assert capsys.readouterr().out.split("\n")[:2] == ["uma meia"] * 2
+        lines = iter(["Olá", "Olá de novo", "/sair"])
+        monkeypatch.setattr("builtins.input", lambda _: next(lines))
+        self.talk(run, monkeypatch, "", tty=True)
+        assert capsys.readouterr().out.split("\n").count("uma meia") == 2
         assert "uma meia</s>" in asked[1]
+
+    @pytest.mark.parametrize("while_it", ["reads", "answers"])
+    def test_ctrl_c_ends_a_pipe(self, run: Run, monkeypatch, while_it: str) -> None:
+        asked = []
+
+        def interrupted(*given: Any) -> None:
+            asked.append(given)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(*(("builtins.input",) if while_it == "reads" else (talk, "stream")), interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            self.talk(run, monkeypatch, "Olá\nOlá de novo\n")
+        assert len(asked) == 1
 
     def test_a_terminal_has_a_prompt_and_says_what_was_left_out(self, run: Run, monkeypatch, capsys) -> None:
         monkeypatch.setattr(talk, "stream", lambda *_: iter(["sim"]))

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,6 +169,18 @@ def check(path: Path) -> None:
         for name, found in zip(hashes, pool.map(lambda name: sha256(path / name), hashes), strict=True):
             if found != hashes[name]:
                 raise DamagedFile(f"{path / name} is damaged")
+
+
+def latest_whole(folder: Path) -> Path | None:
+    """The newest whole checkpoint, to be read, not gone on from; one that is damaged is passed over with a line."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            check(path)
+        except DamagedFile as error:
+            print(f"checkpoint {path.name} is passed over: {error}", file=sys.stderr)
+        else:
+            return path
+    return None
 
 
 def newest_whole(folder: Path, step: int | None = None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -57,6 +58,11 @@ def _shown(turns: list[dict]) -> list[dict]:
     return [turn | {"content": html.escape(turn["content"], quote=False)} for turn in turns]
 
 
+def _seed(typed: float | None) -> int:
+    """A seed of whatever a number field held: nothing, less than none, or more than a browser counts to."""
+    return int(typed or 0) % 2**31
+
+
 class _Page:
     """What the events do. A visitor's turns and state (idle, asked, writing) are in the session, nothing of it here."""
 
@@ -102,14 +108,14 @@ class _Page:
         turns = [*turns[: len(turns) // 2 * 2], asked]
         return ["", turns, _shown(turns), "", "", "", *self.switches("asked")]
 
-    def again(self, turns: list, state: str, seed: int) -> list:
+    def again(self, turns: list, state: str, seed: float | None) -> list:
         """The last question once more, by the next seed."""
         if state != "idle" or not turns:
             return self.same
         turns = turns[: (len(turns) - 1) // 2 * 2 + 1]
-        return [int(seed) + 1, turns, _shown(turns), "", "", "", *self.switches("asked")]
+        return [_seed(_seed(seed) + 1), turns, _shown(turns), "", "", "", *self.switches("asked")]
 
-    def answer(self, turns: list, state: str, language: str, seed: int, *sampling: float) -> Iterator[list]:
+    def answer(self, turns: list, state: str, language: str, seed: float | None, *sampling: float) -> Iterator[list]:
         """Turns, chat, both neighbours, the note and the switches, as the answer grows."""
         same, talk = self.same, self.talk
         if state != "asked":
@@ -122,7 +128,7 @@ class _Page:
             note = words(language)["dropped"] if dropped else ""
             yield [*same[:2], self.near(turns[-1]["content"], "question"), "", note, *self.switches("writing")]
             text, shown = "", 0.0
-            for text in talk.stream(self.model, self.tokenizer, ids, settings, int(seed)):
+            for text in talk.stream(self.model, self.tokenizer, ids, settings, _seed(seed)):
                 if time.monotonic() > shown + PAUSE_S:
                     grown, shown = [*turns, {"role": "assistant", "content": text}], time.monotonic()
                     yield [grown, _shown(grown), *same[:8]]
@@ -177,15 +183,15 @@ def build(run: Run) -> gradio.Blocks:
                     send = part("send", gr.Button, variant="primary", min_width=90)
                     retry, clear = part("retry", gr.Button, min_width=90), part("clear", gr.Button, min_width=90)
                     stop = part("stop", gr.Button, variant="stop", min_width=90, visible=False)
-                prompts = dict.fromkeys([words("pt")["figure_3"], *settings.prompts])
-                samples = part("samples", gr.Dataset, components=[box], samples=[[prompt] for prompt in prompts])
+                samples = part("samples", gr.Dataset, components=[box], samples=[[one] for one in settings.prompts])
                 with part("controls", gr.Accordion, open=False):
+                    part("defaults", gr.Markdown)
                     sliders = []
                     for name, (low, high, step) in RANGES.items():
                         value, high = getattr(settings, name), page.context // 2 if name == "max_new_tokens" else high
                         limits = {"minimum": min(low, value), "maximum": max(high, value)}
                         sliders.append(part(name, gr.Slider, value=value, step=step, **limits))
-                    seed = part("seed", gr.Number, value=page.seed, precision=0, minimum=0)
+                    seed = part("seed", gr.Number, value=page.seed)
             with gr.Column(scale=2, min_width=300):
                 part("neighbours", gr.Markdown)
                 near_question = gr.HTML(elem_id="near-question")
@@ -212,6 +218,9 @@ def build(run: Run) -> gradio.Blocks:
         model: dict[str, Any] = {"concurrency_id": "model", "show_progress_on": [note], "api_visibility": "private"}
         inputs = [turns, state, language, seed, *sliders]
         answers = [event.success(page.answer, inputs, begun, **model) for event in (asked, asked_again)]
+        for event in answers:
+            # refused before it was begun, as by a full queue, which the page says itself: it can be asked again
+            event.failure(lambda: page.switches("idle"), None, switches, **quick)
         stop.click(page.stopped, [turns, language], [near_answer, note, *switches], cancels=answers, **quick)
         clear.click(lambda: ([], [], "", "", ""), None, [turns, chat, *panels], **quick)
     return blocks
@@ -234,12 +243,28 @@ def _launch(blocks: gradio.Blocks, host: str, port: int | None, inline: bool) ->
         raise TTLError(f"the page cannot listen at {host}, port {port or '7860 and those after it'}: {error}") from None
 
 
+def _check_free(host: str, port: int | None) -> None:
+    """Gradio itself takes an address that is not this machine's for a port that is taken, and tries a hundred."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind((address[0], port or 0, *address[2:]))
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise TTLError(
+            f"the page cannot listen at --host {host}, --port {port or 'any'} ({error}): name an address of "
+            "this machine and a free port up to 65535, or leave both out"
+        ) from None
+
+
 def serve(run: Run, host: str = "127.0.0.1", port: int | None = None) -> None:
     """The page, until Ctrl-C; a warning where other machines can reach it.
 
     Raises:
         TTLError: as `build`; or the address or port cannot be had.
     """
+    _gradio()
+    _check_free(host, port)
     blocks = build(run)
     _launch(blocks, host, port, inline=False)
     print(*(words(language)["notice.value"] for language in LANGUAGES), sep="\n")

@@ -30,12 +30,17 @@ FORMS = {
 OUTPUT = "output.weight"
 
 
+class NotForGGUF(TTLError):
+    """A model or tokenizer that a GGUF file cannot hold."""
+
+
 def export_gguf(run: Run, models: dict[str, Stage] | None = None) -> list[Path]:
     """Write `export/<run>-{base,chat}-{f16,q8_0,q4_0}.gguf`, each whole or not at all; returns the files.
 
     Raises:
         MissingStage: stage 03 is not finished.
-        TTLError: llama.cpp could not give what the model and its tokenizer give.
+        NotForGGUF: llama.cpp could not give what the model and its tokenizer give.
+        TTLError: the disk is full.
     """
     models, paths = models or models_of(run), []
     for stage in models.values():
@@ -110,7 +115,7 @@ def _places(folder: Path, layers: int) -> dict[str, tuple[Path, str, tuple[int, 
             for name in tensors.keys():  # noqa: SIM118
                 place = names.get_name(name, try_suffixes=(".weight",))
                 if place is None:
-                    raise TTLError(f"{file}: GGUF's Llama has no place for {name}, so this model cannot be exported")
+                    raise NotForGGUF(f"{file}: GGUF's Llama has no place for {name}, so this model cannot be exported")
                 places[place] = (file, name, tuple(tensors.get_slice(name).get_shape()))
     return places
 
@@ -147,7 +152,7 @@ def _add_about(writer: gguf.GGUFWriter, name: str, stage: Stage, licence: dict[s
 def _add_shape(writer: gguf.GGUFWriter, config: dict[str, Any], folder: Path) -> None:
     rope = config["rope_parameters"]
     if config["model_type"] != "llama" or rope["rope_type"] != "default":
-        raise TTLError(f"{folder}: only a Llama with plain rotary positions is exported, not {config['model_type']}")
+        raise NotForGGUF(f"{folder}: only a Llama with plain rotary positions is exported, not {config['model_type']}")
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -168,20 +173,20 @@ def _add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, folder: Path, vocab
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     if not (folder / "tokenizer.model").is_file():
-        raise TTLError(
+        raise NotForGGUF(
             f"{folder} has no tokenizer.model: only a SentencePiece tokenizer goes into a GGUF file. Export with "
             "--to hub, or take a tokenizer that has one (tokenizer.source)"
         )
     model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
-        raise TTLError(
+        raise NotForGGUF(
             f"{folder / 'tokenizer.model'} is not BPE: llama.cpp would cut words otherwise than training did"
         )
     # both formats number the kinds of pieces alike
     rows = [(piece.piece, piece.score, TokenType(piece.type)) for piece in model.pieces]
     found = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     if found[: len(rows)] != [row[0] for row in rows]:
-        raise TTLError(f"{folder}: tokenizer.model and tokenizer.json hold different pieces; export needs them alike")
+        raise NotForGGUF(f"{folder}: tokenizer.model and tokenizer.json hold different pieces; export needs them alike")
     rows += [(token, 0.0, TokenType.CONTROL) for token in found[len(rows) :]]
     normal = {token for token, _, kind in rows if kind == TokenType.NORMAL}
     for token in (token for token, _, kind in rows if kind in (TokenType.CONTROL, TokenType.BYTE)):

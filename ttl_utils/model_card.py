@@ -9,20 +9,22 @@ import json
 import math
 import re
 import shlex
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors import safe_open
 
 from ttl_utils import licences, tables
+from ttl_utils.chat_answers import measures_table
 from ttl_utils.files import read_json
-from ttl_utils.ledger import PARTS, stage_totals
+from ttl_utils.hub import mirrored, weight_files
+from ttl_utils.ledger import PARTS, read_ledger, stage_totals
 from ttl_utils.memorisation import sentence
-from ttl_utils.schema import Optimisation
+from ttl_utils.run import STAGES
 from ttl_utils.score_tables import scores
 from ttl_utils.table_files import markdown
 
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 # the hub's names for licences: ours in small letters with hyphens
 HUB_LICENCES = re.compile(r"cc-by(-nc)?(-sa|-nd)?-[234]\.0|cc0-1\.0|odc-by|apache-2\.0|mit|bsd-[23]-clause|mpl-2\.0")
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-_SETTINGS = {*Optimisation.model_fields, "max_steps", "num_train_epochs", "block_size", "isolate_documents", "faithful"}
 _TRAINED = ("steps", "tokens", "epochs", "tokens_per_second", "duration_s", "device", "precision", "attention")
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty")
 _WHEN = ("before", "after")
 _NOT_COMPARABLE = " has none of the paper's configurations: the results are **not comparable with the paper**."
 _SPENT = ("energy_kwh", "measured_kwh", "modelled_kwh", "emissions_kg", "duration_s")
@@ -75,8 +77,10 @@ def licence_text(run: Run, name: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A hub id as it is, a folder without the folders of this machine above it."""
-    return name if hub_id(name) else Path(name).name
+    """A hub id as it is, a folder without the folders of this machine above it, a run's by run and stage."""
+    parts = Path(name).parts
+    stage = next((place for place, part in enumerate(parts) if place and part in STAGES), None)
+    return name if hub_id(name) else Path(name).name if stage is None else "/".join(parts[stage - 1 : stage + 1])
 
 
 def hub_id(name: str) -> bool:
@@ -90,32 +94,35 @@ def _sources(run: Run, name: str) -> list[Any]:
     return [source for source in run.params.data.active if source.use in uses]
 
 
+def _tokens(run: Run, name: str) -> str | None:
+    """The tokenized set of others that the model learned from."""
+    tokens = None if name == "chat" and run.params.chat.base_model else run.params.tokenizer.tokens
+    return tokens and tokens.dataset
+
+
 def model_card(run: Run, name: str, stage: Stage, repository: str | None, memorised: dict, names: list[str]) -> str:
     """The card with its front matter; `repository` as OWNER/NAME where it is known, `names` of the files beside it."""
     config, figures, manifest = read_json(stage.folder / "model" / "config.json"), stage.metrics(), stage.manifest()
     machine = read_json(stage.folder.parent / "run.json")["machine"]
     hardware = f"{figures.get('device', 'device not recorded')}; {machine['processor']}, {machine['cores']} cores"
-    totals = stage_totals(stage.folder.parent / "energy.jsonl")
-    spent = next(iter(totals[totals.stage == stage.name].to_dict("records")), {})
-    if spent:
-        spent["methods"] = "; ".join(f"{part}: {spent[f'{part}_method']}" for part in PARTS)
-        spent["grid"] = f"{spent['country_iso_code']}, {spent['intensity_g_per_kwh']:.1f} g/kWh, as configured"
+    spent = _spent(stage)
     rows, results = (_base_results if name == "base" else _chat_results)(run)
-    data = _card_data(run, name, repository, spent, hardware, rows)
-    chat, settings = run.params.chat, manifest["identity"]["pretraining" if name == "base" else "chat"]
+    gguf = next((file for file in names if file.endswith("f16.gguf")), None)
+    data = _card_data(run, name, repository, spent, hardware, rows, gguf)
+    chat = run.params.chat
+    sampling = chat if name == "chat" else run.params.evaluation.generation or chat
+    settings = manifest["identity"]["pretraining" if name == "base" else "chat"]
     size = None if name == "chat" and chat.base_model else tables.is_paper_configuration(run)
     shown = {key: config[key] for key in (*_SHAPE, "max_position_embeddings", "vocab_size")}
-    shown |= {key: value for key, value in settings.items() if key in _SETTINGS and value is not None}
+    shown |= {key: value for key, value in settings.items() if value is not None}
     shown |= {key: figures[key] for key in _TRAINED if key in figures}
     made = dict(manifest["code"] or {"commit": "unknown"}) | {"finished": manifest["finished"]}
     made["SHA-256 of the model's files"] = manifest["outputs"]["model"]["fingerprint"]
     made["machine"] = f"{machine['system']}; {hardware}; {machine['memory_gib']} GiB of memory"
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(stage.folder / "model"))
     values = {
         "title": data.model_name,
         "kind": "language model" if name == "base" else "chat model",
-        "parameters": f"{model.num_parameters():,}",
+        "parameters": f"{_parameters(stage.folder / 'model'):,}",
         "context": f"{config['max_position_embeddings']:,}",
         "comparable": ("It" if name == "base" else "Its base model")
         + (f" has the configuration of the paper's {size}." if size else _NOT_COMPARABLE),
@@ -128,11 +135,38 @@ def model_card(run: Run, name: str, stage: Stage, repository: str | None, memori
         "language": run.params.data.language,
         "licence": licence_text(run, name),
         "provenance": _table(made | manifest["versions"]),
-        **{key: getattr(chat, key) for key in ("max_new_tokens", "temperature", "top_k", "repetition_penalty")},
-        **_use(run, name, next((file for file in names if file.endswith("f16.gguf")), None)),
+        **{key: getattr(sampling, key) for key in _SAMPLING},
+        **_use(run, name, gguf),
     }
     text = files("ttl_utils").joinpath("model_card.md").read_text(encoding="utf-8")
     return f"---\n{data.to_yaml()}\n---\n{Template(text).substitute(values)}"
+
+
+def _spent(stage: Stage) -> dict[str, Any]:
+    """What making the stage took: not what an earlier folder of it did, nor what was asked of the finished one."""
+    rows = read_ledger(stage.folder.parent / "energy.jsonl")
+    begun = {row["session"]: row["time"] for row in reversed(rows)}
+    # each session writes a row as it begins
+    first, last = (datetime.fromisoformat(time) for time in (stage.begun(), stage.manifest()["finished"]))
+    kept = [
+        row
+        for row in rows
+        if row["stage"] != stage.name or first <= datetime.fromisoformat(begun[row["session"]]) <= last
+    ]
+    totals = stage_totals(kept)
+    spent = next(iter(totals[totals.stage == stage.name].to_dict("records")), {})
+    if spent:
+        spent["methods"] = "; ".join(f"{part}: {spent[f'{part}_method']}" for part in PARTS)
+        spent["grid"] = f"{spent['country_iso_code']}, {spent['intensity_g_per_kwh']:.1f} g/kWh, as configured"
+    return spent
+
+
+def _parameters(folder: Path) -> int:
+    count = 0
+    for file in weight_files(folder, f"{folder}"):
+        with safe_open(file, "pt") as tensors:
+            count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return count
 
 
 def _use(run: Run, name: str, gguf: str | None) -> dict[str, str]:
@@ -142,14 +176,20 @@ def _use(run: Run, name: str, gguf: str | None) -> dict[str, str]:
     if name == "chat":
         ask = 'messages = [{{"role": "user", "content": {}}}]\n'
         ask += 'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)'
-    flag = "--jinja" if name == "chat" else "-no-cnv"
-    command = f"```sh\nllama-cli -m {gguf} {flag} -p {shlex.quote(prompt)}\n```" if gguf else "No GGUF file was made."
-    return {"ask": ask.format(text), "command": command}
+    # llama-cli alone no longer continues a text
+    program, flags = ("llama-cli", "--jinja -st") if name == "chat" else ("llama-completion", "-no-cnv")
+    command = (
+        f"With llama.cpp (`f16`; `q8_0` and `q4_0` are smaller, and a little worse):\n\n"
+        f"```sh\n{program} -m {gguf} {flags} -p {shlex.quote(prompt)}\n```"
+    )
+    return {"ask": ask.format(text), "command": command if gguf else "No GGUF file was made, for llama.cpp."}
 
 
 def _number(value: Any) -> str:
     if value is None:
         return "not measured"
+    if isinstance(value, list):
+        return "; ".join(map(str, value))
     return f"{value:,.6g}" if isinstance(value, float) else str(value) if isinstance(value, bool) else f"{value:,}"
 
 
@@ -162,11 +202,14 @@ def _table(values: dict[str, Any]) -> str:
 
 def _chat_results(run: Run) -> tuple[list[tuple], str]:
     """Rows (task, data set, split, metric, value) for the hub, and what there is to read."""
-    losses = {f"validation_loss_{when}": run.stage("05_chat").metrics()[f"validation_loss_{when}"] for when in _WHEN}
+    metrics = run.stage("05_chat").metrics()
+    losses = {f"validation_loss_{when}": metrics[f"validation_loss_{when}"] for when in _WHEN}
     found = math.exp(losses["validation_loss_after"])
     text = "Answers of held-out conversations, before and after fine-tuning (loss in nats a token):\n\n"
     rows = [("held-out conversations", f"{run.name}-held-out-conversations", "test", "perplexity", found)]
-    return rows, text + _table(losses | {"perplexity": found})
+    text += _table(losses | {"perplexity": found})
+    answered = f"{len(run.params.chat.prompts)} prompts, {run.params.chat.samples} answers to each"
+    return rows, f"{text}\n\nThe form of its answers ({answered}):\n\n{markdown(measures_table(metrics))}"
 
 
 def _base_results(run: Run) -> tuple[list[tuple], str]:
@@ -202,10 +245,12 @@ def _data(run: Run, name: str) -> str:
         said = []
     if name == "chat" and run.params.chat.base_model:
         said.append(f"The base model, {_short(run.params.chat.base_model)}, learned from other texts before.")
-    elif run.params.tokenizer.tokens:
-        said.append(f"Pretrained on the tokens of {run.params.tokenizer.tokens.dataset}.")
-    if mirrored := [report["source"] for report in reports if report["from_mirror"]]:
-        said.append(f"Read from a local mirror, which may not hold the published set: {', '.join(mirrored)}.")
+    local = [report["source"] for report in reports if report["from_mirror"]]
+    if tokens := _tokens(run, name):
+        said.append(f"Pretrained on the tokens of {tokens}.")
+        local += [tokens] * bool(mirrored(tokens))
+    if local:
+        said.append(f"Read from a local mirror, which may not hold the published set: {', '.join(local)}.")
     return "\n\n".join(said)
 
 
@@ -220,7 +265,7 @@ def _energy(run: Run, name: str, spent: dict) -> str:
 
 
 def _card_data(
-    run: Run, name: str, repository: str | None, spent: dict, hardware: str, results: list[tuple]
+    run: Run, name: str, repository: str | None, spent: dict, hardware: str, results: list[tuple], gguf: str | None
 ) -> ModelCardData:
     """The hub's fields, with what was measured alone."""
     from huggingface_hub import EvalResult, ModelCardData
@@ -237,9 +282,11 @@ def _card_data(
             "geographical_location": spent["grid"],
             "hardware_used": hardware,
         }
-    datasets, tokens = [source.dataset for source in _sources(run, name)], run.params.tokenizer.tokens
-    if tokens and not (name == "chat" and run.params.chat.base_model):
-        datasets.append(tokens.dataset)
+    # a mirror may hold something else under the same name
+    local = {report["source"] for report in run.need("01_data").metrics()["sources"] if report["from_mirror"]}
+    datasets = [source.dataset for source in _sources(run, name) if source.name not in local]
+    if (tokens := _tokens(run, name)) and not mirrored(tokens):
+        datasets.append(tokens)
     base = run.params.chat.base_model or (repository or "").removesuffix("-Chat")
     if name == "chat" and hub_id(base):
         more["base_model"] = base
@@ -248,7 +295,7 @@ def _card_data(
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["llama", "gguf", *(["conversational"] if name == "chat" else [])],
+        tags=["llama", *["gguf"] * bool(gguf), *["conversational"] * (name == "chat")],
         datasets=list(dict.fromkeys(filter(None, datasets))) or None,
         model_name=(repository or f"{run.name}-{name}").split("/")[-1],
         eval_results=[

@@ -12,7 +12,7 @@ import pandas as pd
 from ttl_utils.checkpoints import swap
 from ttl_utils.errors import TTLError
 from ttl_utils.files import write_text
-from ttl_utils.gguf_files import export_gguf, models_of
+from ttl_utils.gguf_files import NotForGGUF, export_gguf, models_of
 from ttl_utils.hub import reason
 from ttl_utils.memorisation import memorisation
 from ttl_utils.model_card import licence_text, model_card
@@ -41,17 +41,15 @@ def publish(run: Run, repository: str | None, *, dry_run: bool = False) -> list[
         raise TTLError(
             "no token: set HF_TOKEN to one that may write (made in your settings on the hub), or use --dry-run"
         )
-    models = models_of(run)
-    try:
-        gguf = export_gguf(run, models)
-    except TTLError as error:
-        print(f"no GGUF files: {error}")
-        gguf = []
     folders = {}
-    for name, stage in models.items():
+    for name, stage in models_of(run).items():
         target = repository and repository + ("-Chat" if name == "chat" else "")
-        mine = [path for path in gguf if path.name.startswith(f"{run.name}-{name}-")]
-        folders[name] = _stage(run, name, stage, target, mine)
+        try:
+            gguf = export_gguf(run, {name: stage})
+        except NotForGGUF as error:
+            print(f"no GGUF files: {error}")
+            gguf = []
+        folders[name] = _stage(run, name, stage, target, gguf)
         shown = pd.DataFrame(
             [(path.name, path.stat().st_size / 1e6) for path in sorted(folders[name].iterdir())], columns=["file", "MB"]
         )

@@ -437,6 +437,20 @@ class Chat(Optimisation):
     top_p: Share
     repetition_penalty: Annotated[float, Field(gt=0)]
 
+    @model_validator(mode="after")
+    def marks(self) -> Chat:
+        for name in ("user_open", "user_close"):
+            mark = getattr(self, name)
+            # they stand in the template between quotes, and are tokens of their own
+            if not mark.strip() or set(mark) & set("'\"\\{}") or mark in ("<s>", "</s>", "<unk>", "<pad>"):
+                raise ValueError(
+                    f"{name} {mark!r}: give a mark such as <instruction>, without quotes, braces and backslashes, that "
+                    "is no control token of the tokenizer (<s>, </s>, <unk>, <pad>)"
+                )
+        if self.user_open == self.user_close:
+            raise ValueError(f"user_open and user_close are both {self.user_open!r}: give two different marks")
+        return self
+
     def sampling(self) -> Generation:
         """How answers are drawn."""
         return Generation(code_prompts=[], toxicity=None, **self.model_dump(include=set(Generation.model_fields)))
@@ -482,6 +496,12 @@ class Parameters(BaseModel):
                     f"{name}.per_device_train_batch_size x {what} "
                     f"({section.per_device_train_batch_size} x {length} = {micro})"
                 )
+        # a question is four tokens at least: <s>, both marks, and a word
+        if self.chat.max_new_tokens > context - 4:
+            raise ValueError(
+                f"chat.max_new_tokens {self.chat.max_new_tokens} leaves no room for a question in "
+                f"model.max_position_embeddings {context}: at most {context - 4}"
+            )
         for item in self.evaluation.downstream:
             if item.max_length > context:
                 raise ValueError(

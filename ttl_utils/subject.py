@@ -139,12 +139,7 @@ def _own(run: Run, under_way: bool) -> Subject:
     if stage.finished or not under_way:
         folder = run.need("03_pretraining").folder / "model"
         return _opened(run.name, folder, "this run", f"run {run.name!r}")
-    for path in reversed(checkpoints.list_checkpoints(stage.folder / "checkpoints")):
-        try:
-            checkpoints.check(path)
-        except DamagedFile as error:
-            print(f"checkpoint {path.name} is not evaluated: {error}")
-            continue
+    if path := checkpoints.latest_whole(stage.folder / "checkpoints"):
         return _opened(f"{run.name}, step {checkpoints.step_of(path):,}", path, "this run", f"run {run.name!r}")
     raise MissingStage(
         f"03_pretraining of run {run.name!r} has no whole checkpoint yet ({stage.folder / 'checkpoints'}): wait for "

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from ttl_utils import paper
-from ttl_utils.params import Params, load_params
+from ttl_utils.params import Params
 from ttl_utils.provenance import code_version, machine, versions
 from ttl_utils.run import Run
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 _OPTIMIZER = ("learning_rate", "lr_scheduler_type", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon")
 _TABLE_3 = ("tokens_per_step", *_OPTIMIZER, "weight_decay", "max_grad_norm")
@@ -35,6 +38,7 @@ PAPER_DIFFERS = {
     "tokenizer.train_characters": "no limit known",
     "pretraining.isolate_documents": "false",
     "data.test_share": "about 1%",
+    "chat.faithful": "true",
 }
 
 
@@ -54,9 +58,9 @@ def _short(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
-def parameters(params: Params, *sections: str) -> pd.io.formats.style.Styler:
+def parameters(params: Params, *sections: str) -> HTML:
     """The resolved values of these sections, the paper's beside them, and where each of ours came from."""
-    published = {size: load_params({"size": size}).flat() for size in paper.SIZES}
+    published = {size: paper.params_of(size).flat() for size in paper.SIZES}
     rows = []
     for key, value in params.flat().items():
         if key.split(".")[0] not in sections or key.startswith("data.filters."):
@@ -80,17 +84,8 @@ def environment(run: Run) -> str:
 
 def is_paper_configuration(run: Run) -> str | None:
     """The published size whose configuration and data these are, or None: then nothing of ours compares with it."""
-    params, data = run.params, run.stage("01_data")
-    if data.finished and any(source["from_mirror"] for source in data.metrics()["sources"]):
-        return None
-    flat = {**params.model.model_dump(), **params.pretraining.model_dump(), "vocab_size": params.tokenizer.vocab_size}
-    if params.tokenizer.source or params.pretraining.isolate_documents or params.pretraining.init_from:
-        return None
-    if params.pretraining.block_size not in (None, params.model.max_position_embeddings):
-        return None
-    size = paper.is_paper_configuration({key: flat[key] for key in paper.CONFIGURATION})
-    same_data = size is not None and params.data.identity() == load_params({"size": size}).data.identity()
-    return size if same_data else None
+    data = run.stage("01_data")
+    return paper.configuration(run.params.values.model_dump(), data.metrics()["sources"] if data.finished else ())[0]
 
 
 def verdict_of(run: Run) -> str:
@@ -101,10 +96,9 @@ def verdict_of(run: Run) -> str:
 def against_paper(run: Run, ours: dict[str, Any], metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """Our figures beside the published ones with a verdict; a verdict needs the paper's own configuration."""
     size = is_paper_configuration(run)
-    return paper.compare(ours, size or run.params.size, size is not None, metrics)
+    return paper.compare(ours, size or run.params.size, size is not None, metrics, run.params.carbon.pue)
 
 
-def conflicts(*topics: str) -> pd.io.formats.style.Styler:
+def conflicts(*topics: str) -> HTML:
     """Where the published material contradicts itself on these topics: both figures, smoothed over by nobody."""
-    rows = pd.concat([paper.conflicts(topic) for topic in topics], ignore_index=True)
-    return paper.style(rows[["topic", "size", "figure_a", "source_a", "figure_b", "source_b", "note"]])
+    return paper.style(paper.contradictions(*topics))

@@ -8,7 +8,7 @@ import itertools
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -56,20 +56,11 @@ def load(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     stage = run.stage("05_chat")
     folder = stage.folder / "model"
     if not stage.finished:
-        folder = next(filter(_whole, reversed(checkpoints.list_checkpoints(stage.folder / "checkpoints"))), None)
+        folder = checkpoints.latest_whole(stage.folder / "checkpoints")
         if folder is None:
             run.need("05_chat")
         print(f"05_chat of run {run.name!r} is under way: this is its {folder.name}", file=sys.stderr)
     return load_model(folder, choose_hardware(run.params.chat)), load_tokenizer(folder)
-
-
-def _whole(path: Any) -> bool:
-    try:
-        checkpoints.check(path)
-    except TTLError as error:
-        print(f"passed over: {error}", file=sys.stderr)
-        return False
-    return True
 
 
 def plain(text: str) -> str:
@@ -95,6 +86,7 @@ def fit(
 ) -> tuple[list[int], int]:
     """Ids of the newest turns that leave room for the answer, up to where it begins, and how many turns were dropped.
 
+    They are in the form of the training text: emoji that were joined (U+200D) stand apart, as the model read them.
     Whole turns go, the oldest first; a control token that was typed is text. The last message is the user's.
 
     Raises:
@@ -104,7 +96,7 @@ def fit(
     turns = [messages[start:stop] for start, stop in itertools.pairwise([*begins, len(messages)])]
     room, kept, ids = context - max_new_tokens - 1, 0, []
     for turn in reversed(turns):
-        # in the form of the training text; of megabytes no more than shows that they do not fit
+        # of megabytes no more than shows that they do not fit
         most, raw = LONGEST_PIECE * context, len(turn[0]["content"])
         turn = [message | {"content": clean(message["content"][:most])} for message in turn]
         # with the answer to come: its end token, the last id, is not there yet
@@ -157,7 +149,10 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def talk_in_terminal(run: Run) -> None:
-    """Read questions, write answers, until the end of the input; from a pipe, answers alone go to the output."""
+    """Read questions, write answers, until the end of the input.
+
+    From a pipe, each question has its line of the output: the answer on one line, an empty one where it was refused.
+    """
     model, tokenizer = load(run)
     tty, context, settings = sys.stdin.isatty(), model.config.max_position_embeddings, run.params.chat
     for file in (sys.stdin, sys.stdout):
@@ -183,18 +178,24 @@ def talk_in_terminal(run: Run) -> None:
             ids, dropped = fit(asked, tokenizer, settings, context, settings.max_new_tokens)
         except EOFError:
             break
-        except (KeyboardInterrupt, EmptyMessage):
-            print(file=told)
+        except KeyboardInterrupt:
+            if not tty:
+                raise
+            print()
             continue
         except TTLError as error:
-            print(error, file=sys.stderr)
+            if not isinstance(error, EmptyMessage):
+                print(error, file=sys.stderr)
+            print(flush=True)
             continue
         if dropped:
             print(f"({words('pt')['dropped']} {words('en')['dropped']})", file=told)
         text = ""
-        with contextlib.suppress(KeyboardInterrupt):
+        # it stops the answer; without a terminal, all
+        with contextlib.suppress(*[KeyboardInterrupt] * tty):
             for longer in stream(model, tokenizer, ids, settings, run.params.seed + len(messages) // 2):
-                print(longer[len(text) :], end="", flush=True)
+                more = longer[len(text) :]
+                print(more if tty else more.replace("\n", " "), end="", flush=True)
                 text = longer
         print(flush=True)
         messages = [*asked, {"role": "assistant", "content": text}]
