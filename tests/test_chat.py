@@ -526,7 +526,7 @@ def test_a_named_model_is_begun_from(trained, tiny_prepared, monkeypatch, tmp_pa
     with pytest.raises(StageConflict, match="base weights"):
         ch.fine_tune_chat(tiny_prepared(run="named", chat=settings | {"base_model": str(changed)}))
     # a chat model may go on from itself: its tokens' rows stay
-    further = tiny_prepared(run="further", chat=settings | {"base_model": str(changed)})
+    further = tiny_prepared(run="further", chat=settings | {"base_model": str(changed), "num_train_epochs": 1})
     found = ch.fine_tune_chat(further).metrics()
     assert found["validation_loss_before"] == pytest.approx(metrics["validation_loss_after"], abs=1e-5)
 

@@ -112,6 +112,16 @@ def ask(page: Any, text: str) -> None:
     page.press("#box textarea", "Enter")
 
 
+def control(page: Any, box: Any, value: str) -> None:
+    """Type a number into one of the controls, which are opened first."""
+    if not box.is_visible():
+        page.get_by_text(PT["controls.label"], exact=True).click()
+    box.fill(value)
+    box.press("Tab")
+    # the component tells the page of it a moment later
+    page.wait_for_timeout(300)
+
+
 def answers(page: Any) -> list[str]:
     return page.locator("#chat .bot.message").all_inner_texts()
 
@@ -245,13 +255,9 @@ class TestPage:
         ask(page, "Olá")
         until(lambda: finished(page))
         assert server.asked[0][1] == chat
-        page.get_by_text(PT["controls.label"], exact=True).click()
-        page.get_by_label(PT["seed.label"]).fill("7")
-        page.get_by_label(PT["seed.label"]).press("Tab")
-        number = page.locator("input[type=number]")
+        control(page, page.get_by_label(PT["seed.label"]), "7")
         # the last slider's, before the seed
-        number.nth(4).fill("3")
-        number.nth(4).press("Tab")
+        control(page, page.locator("input[type=number]").nth(4), "3")
         ask(page, "Olá")
         until(lambda: len(server.asked) == 2 and finished(page))
         assert server.asked[1][1] == chat.model_copy(update={"max_new_tokens": 3}) and server.asked[1][2] == 7
@@ -265,9 +271,7 @@ class TestPage:
     @pytest.mark.parametrize(("typed", "first"), [("-3", 2**31 - 3), ("", 0), ("1e30", int(1e30) % 2**31)])
     def test_any_seed_is_taken(self, server: Server, visit: Visit, typed: str, first: int) -> None:
         page = visit()
-        page.get_by_text(PT["controls.label"], exact=True).click()
-        page.get_by_label(PT["seed.label"]).fill(typed)
-        page.get_by_label(PT["seed.label"]).press("Tab")
+        control(page, page.get_by_label(PT["seed.label"]), typed)
         ask(page, "Olá")
         until(lambda: finished(page) and len(server.asked) == 1)
         page.click("#retry")
@@ -331,10 +335,8 @@ class TestPage:
 
     def test_old_turns_that_no_longer_fit_are_said(self, server: Server, visit: Visit) -> None:
         page = visit()
-        page.get_by_text(PT["controls.label"], exact=True).click()
         # the last slider's: short answers, soon written
-        page.locator("input[type=number]").nth(4).fill("2")
-        page.locator("input[type=number]").nth(4).press("Tab")
+        control(page, page.locator("input[type=number]").nth(4), "2")
         for number in range(3):
             ask(page, f"{number} " + "a " * 80)
             until(lambda number=number: finished(page) and len(answers(page)) == number + 1)

@@ -460,6 +460,13 @@ SOURCE = {"name": "mine", "use": "corpus", "kind": "plain", "filter": "prose", "
     ("values", "parts"),
     [
         ({"model": {"num_attention_heads": 3}}, ["model: num_attention_heads 3", "hidden_size 128"]),
+        *(
+            ({"chat": {"user_open": mark}}, [f"chat: user_open {mark!r}", "give a mark such as <instruction>"])
+            for mark in ("", " ", "<s>", "</s>", "{{ x }}'", 'a"', "a\\")
+        ),
+        ({"chat": {"user_close": "<unk>"}}, ["chat: user_close '<unk>'"]),
+        ({"chat": {"user_open": "<a>", "user_close": "<a>"}}, ["user_open and user_close are both '<a>'"]),
+        ({"chat": {"max_new_tokens": 253}}, ["chat.max_new_tokens 253", "max_position_embeddings 256: at most 252"]),
         ({"model": {"num_key_value_heads": 3}}, ["model: num_key_value_heads 3", "num_attention_heads 4"]),
         ({"model": {"num_attention_heads": 128, "num_key_value_heads": 1}}, ["model: ", "must be even"]),
         (
