@@ -118,10 +118,12 @@ def test_there_may_be_none(perplexity):
 
 
 def test_a_point_gained_has_a_price_and_one_lost_has_none():
-    rows = returns(curve([0.0, 1.0, 3.0, 4.0], [100.0, 50.0, 40.0, 45.0]))
-    assert rows.kwh_per_point.tolist()[1:3] == pytest.approx([1 / 50, 2 / 10])
-    assert rows.kwh_per_percent.tolist()[1:3] == pytest.approx([1 / 50, 2 / 20])
-    assert rows[["kwh_per_point", "kwh_per_percent"]].iloc[[0, 3]].isna().all(axis=None)
+    points = curve([0.0, 1.0, 3.0, 4.0], [100.0, 50.0, 40.0, 45.0])
+    rows = returns(points.assign(emissions_kg=points.energy_kwh * 0.4))
+    assert rows.kwh_per_point[2] == pytest.approx(2 / 10) and rows.kwh_per_percent[2] == pytest.approx(2 / 20)
+    # from the untrained model a point costs next to nothing: no rate
+    assert rows[["kwh_per_point", "kwh_per_percent"]].iloc[[0, 1, 3]].isna().all(axis=None)
+    assert rows.kg_per_billion_tokens.tolist()[1:] == pytest.approx([4e5, 6e5, 1.6e6 / 3])
     assert rows.kwh_per_billion_tokens.tolist()[1:] == pytest.approx([1e6, 1.5e6, 4e6 / 3])
 
 

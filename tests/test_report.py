@@ -18,6 +18,7 @@ from tests.test_forecast import records
 from tests.test_ledger import rows_of, write
 from ttl_utils import carbon, pipeline, report, report_page, table_files, units
 from ttl_utils.commands import main
+from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.files import read_json, write_json
 from ttl_utils.params import load_params
 from ttl_utils.run import Run
@@ -91,20 +92,27 @@ def test_the_figures_add_up(made):
 def test_the_pages_hold_the_tables_and_ask_for_nothing(made):
     run, stage = made
     text, page = ((stage.folder / f"report.{kind}").read_text(encoding="utf-8") for kind in ("md", "html"))
-    found = report_page.tables(run, stage.metrics())
+    metrics = stage.metrics()
+    found = report_page.tables(run, metrics)
     for name, (frame, caption) in found.items():
-        assert table_files.markdown(frame) in text and caption in text, name
+        assert table_files.markdown(units.readable(frame)) in text and caption in text, name
         for kind in ("md", "csv", "tex"):
             assert (run.folder / "tables" / f"{name}.{kind}").is_file()
     assert "**not comparable**" in text and "not comparable" in page
     assert len(re.findall("data:image/png;base64,", page)) == text.count("![") == 4
     assert not re.search(r"""(?:src|href)=["']?(?!["']?data:)|url\(|@import|<script""", page)
-    assert page.count("<table>") == len(found)
-    # every number with its unit, none as a share of peak above 100
-    assert all("(" in name for frame, _ in found.values() for name in frame if "energy" in name)
-    for frame, _ in found.values():
-        for name in frame.columns.intersection(["share of peak (%)"]):
-            assert frame[name].between(0, 100).all()
+    # and three of contradictions
+    assert page.count("<table>") == len(found) + 3
+    # every number with its unit, none as a share of peak above 100; the files hold the data under their own names
+    for name, (frame, _) in found.items():
+        shown = units.readable(frame)
+        assert all("(" in head for head in shown if "energy" in head)
+        for head in shown.columns.intersection(["share of peak (%)"]):
+            assert shown[head].between(0, 100).all()
+        saved = pd.read_csv(run.folder / "tables" / f"{name}.csv")
+        assert list(saved) == list(frame)
+    assert metrics["kg_per_billion_tokens"] == pytest.approx(120 * WATTS / 3.6e6 * 0.4 / (STEPS * 256) * 1e9)
+    assert f"{metrics['kg_per_billion_tokens']:.3g} kg per billion tokens" in text
 
 
 def test_contradictions_stand_where_they_touch(made):
@@ -133,11 +141,47 @@ def test_a_forecast_is_there_while_the_run_is_under_way(run, capsys):
     assert "steps: 2 of 12 (as of 0:00 ago); forecast for all of it: 3.33 Wh" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("missing", report.NEEDED)
+def test_a_metric_that_is_missing_is_named_and_no_half_stage_stays(run, missing):
+    path = run.stage("03_pretraining").folder / "metrics.json"
+    write_json(path, {name: value for name, value in read_json(path).items() if name != missing})
+    with pytest.raises(DamagedFile, match=f"metrics.json is damaged: {missing} missing"):
+        report.carbon_report(run)
+    assert not (run.folder / "06_carbon_report").exists()
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_without_a_ledger_there_is_no_report_and_no_forecast(run, under_way):
+    (run.folder / "energy.jsonl").unlink()
+    if under_way:
+        (run.stage("03_pretraining").folder / "manifest.json").unlink()
+    for make_it in (report.forecast_table, *([] if under_way else [report.carbon_report])):
+        with pytest.raises(TTLError, match=r"energy\.jsonl has no row of 03_pretraining"):
+            make_it(run)
+    assert not (run.folder / "06_carbon_report").exists()
+
+
+def test_the_tables_are_told_anew_in_portuguese(made, capsys, monkeypatch):
+    run, _ = made
+    monkeypatch.setenv("TTL_OUTPUTS", str(run.folder.parent))
+    monkeypatch.setattr("ttl_utils.redraw.redraw", lambda *given: [run.figures / "x.png"])
+    assert main(["figures", run.name, "--language", "pt"]) == 0
+    count = len(list((run.folder / "tables").glob("*.csv")))
+    assert f"{count} tables as Markdown, LaTeX and CSV in {run.folder / 'tables' / 'pt'}" in capsys.readouterr().out
+    english, portuguese = ((run.folder / "tables" / place / "06_stages.md").read_text() for place in (".", "pt"))
+    assert "| etapa | sessões |" in portuguese and "| stage | sessions |" in english
+    assert "| 03_pretraining | 1 | 120 | 100 | 3.33 |" in english
+    assert "| 03_pretraining | 1 | 120 | 100 | 3,33 |" in portuguese
+    for name in ("06_stages", "06_table6"):
+        first, again = ((run.folder / "tables" / place / f"{name}.csv").read_text() for place in (".", "pt"))
+        assert first == again
+
+
 def test_stages_of_another_run_and_work_beside_another_are_named(made):
     run, metrics = made[0], made[1].metrics()
     metrics["stages"][0] |= {"run": "other", "shared_s": 3.0}
     metrics |= {"of_other_runs_kwh": metrics["stages"][0]["energy_kwh"], "set_aside_kwh": 1e-6}
-    frame = report_page.tables(run, metrics)["06_stages"][0]
+    frame = units.readable(report_page.tables(run, metrics)["06_stages"][0])
     assert {"run", "beside another (s)", "on folders set aside (Wh)"} <= set(frame)
 
 

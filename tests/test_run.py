@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from tests.test_ledger import rows_of
 from ttl_utils import progress as progress_module
 from ttl_utils import provenance
 from ttl_utils import run as module
@@ -776,7 +777,8 @@ def test_a_moved_outputs_folder_goes_on(outputs, tmp_path, monkeypatch):
 
 def log_energy(run: Run, stage: str, kwh: float) -> None:
     with (run.folder / "energy.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"session": "s", "stage": stage, "energy_kwh": kwh}) + "\n")
+        (row, *_) = rows_of("s", 0, 0, stage=stage)
+        file.write(json.dumps({**row, "energy_kwh": kwh}) + "\n")
 
 
 def test_the_report_is_made_anew_when_the_ledger_grew(outputs, capsys):

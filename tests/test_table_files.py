@@ -71,7 +71,8 @@ def test_latex_is_booktabs_with_everything_escaped(tmp_path):
 
 def test_latex_keeps_a_minus_and_the_hyphens_of_a_command():
     text = table_files.latex(pd.DataFrame({"n": [-1.5, 2.0], "how": ["`ttl run --to 03`", "-v"]}), "x", "tab:x")
-    assert r"$-$1.50 & \textasciigrave{}ttl run -{}-to 03\textasciigrave{} \\" in text and "2.00 & -v" in text
+    assert r"$-$1.50 & \texttt{ttl run -{}-to 03} \\" in text and "2.00 & -v" in text
+    assert r"a \textasciigrave{} alone" in table_files.latex(pd.DataFrame({"how": ["a ` alone"]}), "x", "tab:x")
 
 
 def test_saved_in_three_forms_and_the_csv_reads_back(tmp_path):
@@ -79,8 +80,16 @@ def test_saved_in_three_forms_and_the_csv_reads_back(tmp_path):
     assert sorted(path.name for path in (tmp_path / "tables").iterdir()) == ["energy.csv", "energy.md", "energy.tex"]
     read = pd.read_csv(tmp_path / "tables" / "energy.csv")
     pd.testing.assert_frame_equal(read, TABLE, check_dtype=False)
-    assert (tmp_path / "tables" / "energy.md").read_text().startswith("Energy\n\n| stage |")
+    assert (tmp_path / "tables" / "energy.md").read_text().startswith("Energia\n\n| etapa | energia (kWh) |")
     assert r"\label{tab:energy}" in (tmp_path / "tables" / "energy.tex").read_text()
+
+
+def test_the_csv_is_the_data_and_its_names_do_not_move_with_it(tmp_path):
+    for kwh in (1.5, 2e-5):
+        frame = pd.DataFrame({"energy_kwh": [kwh], "intensity_g_per_kwh": [1000 * 0.1 * 3 * 1.218256666666667]})
+        table_files.save(tmp_path, "x", frame, "Energy")
+        assert (tmp_path / "x.csv").read_text() == f"energy_kwh,intensity_g_per_kwh\n{kwh:g},365.477\n"
+        assert f"energy ({'kWh' if kwh > 1 else 'mWh'})" in (tmp_path / "x.md").read_text()
 
 
 def test_a_page_needs_no_other_file(tmp_path):

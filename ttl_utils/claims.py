@@ -12,7 +12,8 @@ import pandas as pd
 
 from ttl_utils import paper, score_tables
 from ttl_utils.equivalents import car_km
-from ttl_utils.judged import Judged, published_params
+from ttl_utils.judged import Judged
+from ttl_utils.ledger import paper_rows, stage_totals
 from ttl_utils.model import count_parameters
 from ttl_utils.paper import Figure
 
@@ -21,7 +22,10 @@ Value = Callable[[Judged], Any]
 
 @dataclass(frozen=True)
 class Claim:
-    """`value_of` gives a run's value, or None; `setting` is that of our parameter file, which needs no run."""
+    """`value_of` gives a run's value, or None; `setting` is that of our parameter file, which needs no run.
+
+    Nor does what is `calculated`, a value and how.
+    """
 
     item: str
     size: str
@@ -29,8 +33,11 @@ class Claim:
     figure: Figure
     value_of: Value = lambda run: None
     setting: Any = None
+    calculated: tuple[float, str] | None = None
     # verdict and reason by another rule than the figure's tolerance, where it can be told
     rule: Callable[[Judged], tuple[str, str] | None] = lambda run: None
+    # what a run has in the place of a text or a yes
+    told: Callable[[Judged], str] = lambda run: "not as printed"
 
 
 @cache
@@ -46,7 +53,9 @@ def claims(item: str) -> Iterator[Claim]:
     for metric, value_of in _MEASURED.get(item, {}).items():
         for size in published:
             if metric in published[size]:
-                yield Claim(item, size, metric, published[size][metric], value_of)
+                place = "05_chat" if metric.startswith("chat_") else "03_pretraining"
+                at_home = partial(_at_home, place=place, metric=metric)
+                yield Claim(item, size, metric, published[size][metric], value_of, rule=at_home)
 
 
 def _at(path: str, convert: Callable[[float], float] = float) -> Value:
@@ -54,10 +63,15 @@ def _at(path: str, convert: Callable[[float], float] = float) -> Value:
     return lambda run: None if (value := run.number(path)) is None else convert(value)
 
 
-def _of_chat(name: str) -> Value:
-    return lambda run: next(
-        (row[name] for row in run.at("06_carbon_report.stages") or [] if row["stage"] == "05_chat"), None
-    )
+def _at_home(run: Judged, place: str, metric: str) -> tuple[str, str] | None:
+    """Energy of another overhead, and emissions of another grid, are not judged."""
+    name = metric.removeprefix("chat_")
+    energy_kwh, emissions_kg = (run.number(f"{place}.{each}") for each in ("energy_kwh", "emissions_kg"))
+    if name not in ("energy_kwh", "emissions_kg", "car_km") or energy_kwh is None:
+        return None
+    grams = paper.grams_of(paper.headline(run.size or "460m"), metric.removesuffix(name))
+    why = paper.elsewhere(grams, energy_kwh, None if name == "energy_kwh" else emissions_kg, run.pue)
+    return ("not comparable", why) if why else None
 
 
 _MEASURED: dict[str, dict[str, Value]] = {
@@ -74,7 +88,7 @@ _MEASURED: dict[str, dict[str, Value]] = {
         "emissions_kg": _at("03_pretraining.emissions_kg"),
         "car_km": _at("03_pretraining.emissions_kg", car_km),
     },
-    "Section 4.3": {f"chat_{name}": _of_chat(name) for name in ("energy_kwh", "emissions_kg", "duration_s")},
+    "Section 4.3": {f"chat_{name}": _at(f"05_chat.{name}") for name in ("energy_kwh", "emissions_kg", "duration_s")},
 }
 
 
@@ -99,12 +113,23 @@ def _printed(name: str, size: str) -> dict[str, Any]:
 
 def _shape() -> Iterator[Claim]:
     for size in paper.SIZES:
-        params, printed = published_params(size), _printed("table2_architecture", size)
+        params, printed = paper.params_of(size), _printed("table2_architecture", size)
         ours = params.model.model_dump() | {"vocab_size": params.tokenizer.vocab_size}
-        ours["parameters, counted"] = count_parameters(params.model, params.tokenizer.vocab_size)
-        printed["parameters, counted"] = int(paper.headline(size)["parameters"].value)
         for name, value in printed.items():
             yield Claim("Table 2", size, name, Figure(value, "", "", 0), setting=ours[name])
+        counted = count_parameters(params.model, params.tokenizer.vocab_size), "from the shape in our parameter file"
+        figure = paper.headline(size)["parameters"]
+        yield Claim("Table 2", size, "parameters, counted", figure, calculated=counted)
+
+
+def _logs() -> Iterator[Claim]:
+    """Section 4.2 from the authors' own logs, added up by our code."""
+    printed = paper.table("section42_energy").set_index("size")
+    for row in stage_totals(paper_rows()).itertuples():
+        for name, unit in (("energy_kwh", "kWh"), ("emissions_kg", "kg CO2eq"), ("gpu_watts", "W")):
+            figure = Figure(printed.loc[row.stage, name], unit, "", 1)
+            calculated = getattr(row, name), "the authors' CodeCarbon log through our ledger"
+            yield Claim("Section 4.2", row.stage, f"from the log: {name}", figure, calculated=calculated)
 
 
 def _training() -> Iterator[Claim]:
@@ -118,14 +143,22 @@ def _training() -> Iterator[Claim]:
         "flash_attention_2": partial(choice, key="03_pretraining.attention", chosen=("flash_attention_2",)),
     }
     for size in paper.SIZES:
-        params = published_params(size)
+        params = paper.params_of(size)
         ours = params.pretraining.model_dump()
         tokens = ours["per_device_train_batch_size"] * params.model.max_position_embeddings
         ours["gradient_accumulation_steps"] = ours["tokens_per_step"] // tokens
         ours["optimizer"] = "AdamW" if ours["optim"].startswith("adamw") else ours["optim"]
         for name, value in _printed("table3_training", size).items():
-            where = {"value_of": decided[name]} if name in decided else {"setting": ours[name]}
-            yield Claim("Table 3", size, name, Figure(value, "", "", 0), **where)
+            if name in decided:
+                key = "attention" if name == "flash_attention_2" else "precision"
+                told = partial(_found, key=f"03_pretraining.{key}")
+                yield Claim("Table 3", size, name, Figure(value, "", "", 0), decided[name], told=told)
+            else:
+                yield Claim("Table 3", size, name, Figure(value, "", "", 0), setting=ours[name])
+
+
+def _found(run: Judged, key: str) -> str:
+    return f"{key.rpartition('.')[2]} was {run.at(key)}"
 
 
 def _scores(item: str, prefix: str, tasks: dict[str, str]) -> Iterator[Claim]:
@@ -170,7 +203,8 @@ def _by_step() -> Iterator[Claim]:
         for column in ("perplexity", "energy_kwh", "emissions_kg"):
             figure = replace(head[column], value=getattr(row, column))
             of_run = partial(at_step, step=row.step, column=column)
-            yield Claim("Table 6", "460m", f"{column}, step {row.step:,}", figure, of_run)
+            at_home = partial(_at_home, place="03_pretraining", metric=column)
+            yield Claim("Table 6", "460m", f"{column}, step {row.step:,}", figure, of_run, rule=at_home)
 
 
 def _sample() -> Iterator[Claim]:
@@ -185,5 +219,6 @@ _TABLES: dict[str, Callable[[], Iterator[Claim]]] = {
     "Table 4": lambda: _scores("Table 4", "harness_", {k: f"paper/{v}" for k, v in score_tables.TABLE_4.items()}),
     "Table 5": lambda: _scores("Table 5", "downstream_", {name: name for name in score_tables.TABLE_5}),
     "Table 6": _by_step,
+    "Section 4.2": _logs,
     "Figure 3": _sample,
 }

@@ -18,8 +18,8 @@ from ttl_utils.figures_pretraining import smoothing_window
 from ttl_utils.files import read_json, write_text
 from ttl_utils.health import Finding
 from ttl_utils.progress import clock
-from ttl_utils.run import Run, outputs_folder
-from ttl_utils.trained import COLUMNS, COUNTED, LOSSES, STAGE, TOKENIZER, TOKENS, Trained, known_runs, load
+from ttl_utils.run import Run, known_runs, outputs_folder
+from ttl_utils.trained import COLUMNS, COUNTED, LOSSES, STAGE, TOKENIZER, TOKENS, Trained, load
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,8 @@ def compare(names: Sequence[str], folder: Path | None = None) -> Comparison:
     folder = folder or outputs_folder()
     runs = [load(name, folder) for name in dict.fromkeys(names)]
     if not runs:
-        raise TTLError(f"name the runs to compare; in {folder} there are: {', '.join(known_runs(folder)) or 'none'}")
+        known = ", ".join(known_runs(folder, STAGE)) or "none"
+        raise TTLError(f"name the runs to compare; in {folder} there are: {known}")
     settings = _settings(runs)
     parameters = _differing(runs)
     table, notes = _table(settings), _notes(runs, settings)

@@ -11,7 +11,7 @@ from ttl_utils import devices, paper
 from ttl_utils.errors import ParameterError
 from ttl_utils.memory import precision_of
 from ttl_utils.model import flops_per_token
-from ttl_utils.params import Params, load_params
+from ttl_utils.params import Params
 
 PAPER_GPU, PAPER_BUDGET_USD = "A100-40GB", 500
 # tokens per second and A100-80GB of the 160m's shape, by the same author a year later (Corrêa et al. 2024)
@@ -23,9 +23,7 @@ def flops_of(params: Params) -> dict[str, float]:
     return flops_per_token(params.model, params.tokenizer.vocab_size, params.pretraining.block_size)
 
 
-@cache
-def paper_params(size: str) -> Params:
-    return load_params({"size": size})
+paper_params = paper.params_of
 
 
 @cache

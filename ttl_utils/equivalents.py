@@ -84,6 +84,6 @@ def utilisation() -> pd.DataFrame:
         for name, share in [("logged", own), *anchors.iloc[2:].items()]:
             energy_kwh = log.energy_kwh * own / share
             row = (size, name, share, log.duration_s * own / share, energy_kwh, log.emissions_kg * own / share)
-            rows.append((*row, energy_kwh / tokens * 1e9))
+            rows.append((*row, energy_kwh / tokens * 1e9, row[-1] / tokens * 1e9))
     columns = ["run", "share_of", "share_of_peak", "duration_s", "energy_kwh", "emissions_kg"]
-    return pd.DataFrame(rows, columns=[*columns, "kwh_per_billion_tokens"])
+    return pd.DataFrame(rows, columns=[*columns, "kwh_per_billion_tokens", "kg_per_billion_tokens"])

@@ -44,6 +44,11 @@ LINES = [
     {"color": colour, "ls": stroke, "marker": marker}
     for stroke, marker, colour in zip(["-", "--", "-.", ":"] * 2, "osD^vPX*", COLOURS, strict=True)
 ]
+# the published curves, everywhere
+PUBLISHED = {
+    "160m": {"color": PAPER_2, "ls": "--", "marker": "s"},
+    "460m": {"color": PAPER, "ls": "-", "marker": "o"},
+}
 STYLE = {
     "figure.figsize": (7.2, 3.4),
     "figure.dpi": 110,

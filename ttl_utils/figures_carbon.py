@@ -14,6 +14,7 @@ from ttl_utils.figures import (
     OURS,
     PAPER,
     PAPER_2,
+    PUBLISHED,
     bar_labels,
     draws,
     label,
@@ -28,8 +29,6 @@ from ttl_utils.units import unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PUBLISHED = {"paper 160m": (PAPER_2, "s--"), "paper 460m": (PAPER, "o-")}
 
 
 @draws("06_energy")
@@ -61,12 +60,13 @@ def _energy(rows: pd.DataFrame) -> Figure:
 def _perplexity_energy(rows: pd.DataFrame) -> Figure:
     """Our evaluations, and the paper's (table 6 and the 160m's log), each at its own scale; the point in a ring."""
     figure, (left, right) = subplots(2)
-    published = rows.series.isin(PUBLISHED)
+    published = rows.series.str.startswith("paper ")
     name, factor = unit(rows.energy_kwh[~published].max(), "_kwh")
     for series, points in rows.groupby("series", sort=False):
-        colour, line = PUBLISHED.get(series, (OURS, "o-"))
-        axes, scale = (right, 1) if series in PUBLISHED else (left, factor)
-        axes.plot(points.energy_kwh * scale, points.perplexity, line, color=colour, label=series.removeprefix("paper "))
+        size = series.removeprefix("paper ")
+        style = {"color": OURS, "marker": "o"} if size == series else PUBLISHED[size]
+        axes, scale = (left, factor) if size == series else (right, 1)
+        axes.plot(points.energy_kwh * scale, points.perplexity, label=size, **style)
         at = points[points.diminishing]
         ring = plt.rcParams["lines.markersize"] * 2.8
         axes.plot(at.energy_kwh * scale, at.perplexity, "o", mfc="none", mec=GREY, mew=1.3, ms=ring)

@@ -15,8 +15,7 @@ from ttl_utils import paper
 from ttl_utils.figures import (
     LIGHT,
     OURS,
-    PAPER,
-    PAPER_2,
+    PUBLISHED,
     draw,
     draws,
     label,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
     from ttl_utils.run import Run
 
-PAPER_STYLES = {"160m": {"color": PAPER_2, "marker": "s"}, "460m": {"color": PAPER, "marker": "^"}}
 TOKENS_PER_STEP = 8192  # the paper's (table 3)
 # figure 1(a) shows running means over 50,000 steps; the smaller of its runs has 458,000
 WINDOW, PAPER_STEPS = 50_000, 458_000
@@ -114,10 +112,10 @@ def _loss(data: pd.DataFrame) -> Figure:
     _draw_loss(left, data)
     left.set(title=label("Ours ({})", str(data.run.iloc[0])))
     smoothed = paper.table("train_loss_smoothed")
-    for (size, style), line in zip(PAPER_STYLES.items(), ("--", "-"), strict=True):
+    for size, style in PUBLISHED.items():
         curve = smoothed[smoothed["size"] == size]
         name = label("{}, training", size)
-        right.plot(curve.step * TOKENS_PER_STEP, curve.loss, line, color=style["color"], alpha=0.7, label=name)
+        right.plot(curve.step * TOKENS_PER_STEP, curve.loss, alpha=0.7, label=name, **{**style, "marker": None})
     _draw_published(right, "loss", "{}, evaluation")
     right.set(title=label("Published (figure 1(a) and logs; another vocabulary)"))
     right.xaxis.set_major_formatter(thousands)
@@ -229,7 +227,7 @@ def _draw_loss(axes: Axes, data: pd.DataFrame) -> None:
 def _draw_published(axes: Axes, column: str, word: str, last: float = np.inf) -> None:
     """The paper's evaluations of both sizes, up to `last` tokens."""
     logged = paper.table("evaluation_log")
-    for size, style in PAPER_STYLES.items():
+    for size, style in PUBLISHED.items():
         points = logged[(logged["size"] == size) & (logged.tokens <= last)]
         if len(points):
-            axes.plot(points.tokens, points[column], ls="", label=label(word, size), **style)
+            axes.plot(points.tokens, points[column], label=label(word, size), **{**style, "ls": ""})

@@ -6,13 +6,22 @@ from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING
 
-from ttl_utils.figures import COLOURS, PAPER, PAPER_2, draws, label, legend_below, log_scale, subplots, thousands
+from ttl_utils.figures import (
+    COLOURS,
+    PAPER,
+    PAPER_2,
+    PUBLISHED,
+    draws,
+    label,
+    legend_below,
+    log_scale,
+    subplots,
+    thousands,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-PUBLISHED = {"160m": {"color": PAPER_2, "ls": "--"}, "460m": {"color": PAPER, "ls": "-"}}
 
 
 def _curves(data: pd.DataFrame, measured: str, points: bool) -> Figure:
@@ -24,7 +33,8 @@ def _curves(data: pd.DataFrame, measured: str, points: bool) -> Figure:
             style, told = PUBLISHED[name], label("{}, published", str(name))
         else:
             style, told = {"color": next(ours), "lw": 1.7, "alpha": 0.8}, label("{}, ours", str(name))
-        axes.plot(rows.tokens, rows.value, marker="o" if points else None, label=told, **style)
+        marker = style.get("marker", "o") if points else None
+        axes.plot(rows.tokens, rows.value, label=told, **{**style, "marker": marker})
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(thousands)
     if measured != "ARC, accuracy (%)":
@@ -34,8 +44,6 @@ def _curves(data: pd.DataFrame, measured: str, points: bool) -> Figure:
     return figure
 
 
-# by the paper's number
-NAMES = {"Figure 1 (a)": "figure_1a", "Figure 1 (b)": "figure_1b", "Figure 2": "figure_2"}
 draws("figure_1a")(partial(_curves, measured="training loss, smoothed (nats per token)", points=False))
 draws("figure_1b")(partial(_curves, measured="perplexity (log scale)", points=True))
 draws("figure_2")(partial(_curves, measured="ARC, accuracy (%)", points=True))

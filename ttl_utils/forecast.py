@@ -55,6 +55,8 @@ def watts_until(rows: Sequence[dict], spent_kwh: float) -> float:
 def returns(points: pd.DataFrame) -> pd.DataFrame:
     """What each evaluation's progress cost: kWh per point and per percent of perplexity, and where it stops paying.
 
+    Both rates begin with the second evaluation of a trained model.
+
     `points` has step, tokens, perplexity and energy_kwh, in order. The point of diminishing returns (`diminishing`)
     is where log perplexity lies furthest below the straight line, over energy, from the first evaluation of a trained
     model to the last: before it a percent costs less than on average over that span, after it more.
@@ -64,8 +66,12 @@ def returns(points: pd.DataFrame) -> pd.DataFrame:
     points_saved = rows.perplexity.shift() - rows.perplexity
     percent = 100 * (1 - 1 / ratio)
     rows["kwh_per_billion_tokens"] = rows.energy_kwh / rows.tokens.where(rows.tokens > 0) * 1e9
-    rows["kwh_per_point"] = spent / points_saved.where(points_saved > 0)
-    rows["kwh_per_percent"] = spent / percent.where(percent > 0)
+    if "emissions_kg" in rows:
+        rows["kg_per_billion_tokens"] = rows.emissions_kg / rows.tokens.where(rows.tokens > 0) * 1e9
+    # from the untrained model a point costs next to nothing
+    later = rows.step.shift() > 0
+    rows["kwh_per_point"] = spent / points_saved.where(later & (points_saved > 0))
+    rows["kwh_per_percent"] = spent / percent.where(later & (percent > 0))
     rows["diminishing"] = False
     trained = rows[rows.step > 0]
     if len(trained) > 2 and np.isfinite(trained.perplexity).all():

@@ -5,26 +5,18 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
 
 from ttl_utils import hub, paper, score_tables
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.figures_pretraining import smoothed, smoothing_window
 from ttl_utils.files import read_json
-from ttl_utils.params import Params, leaves, load_params
 from ttl_utils.records import read_records
-from ttl_utils.schema import Data
-
-# what a run of the paper's has in common with our file for that size, beside model and data
-_SAME = [f"pretraining.{name}" for name in ("max_steps", "tokens_per_step", "learning_rate", "lr_scheduler_type")]
-_SAME += [f"pretraining.{name}" for name in ("warmup_steps", "weight_decay", "max_grad_norm", "init_from")]
-_SAME += [f"pretraining.{name}" for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "isolate_documents")]
-_SAME += ["tokenizer.vocab_size", "tokenizer.source", "pretraining.block_size"]
+from ttl_utils.run import known_runs
 
 
 @dataclass(frozen=True)
@@ -59,6 +51,11 @@ class Judged:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise _damaged(self.folder / "metrics.json", f"{path} is no number")
         return value
+
+    @property
+    def pue(self) -> float:
+        carbon = self.about.get("parameters", {}).get("carbon")
+        return carbon.get("pue", 1.0) if isinstance(carbon, dict) else 1.0
 
     @cached_property
     def records(self) -> list[dict]:
@@ -116,31 +113,25 @@ class Judged:
         return rows[rows.table.isin(["table 4", "table 5"])].set_index("task")
 
 
-@cache
-def published_params(size: str) -> Params:
-    """Our parameter file for a published size."""
-    return load_params({"size": size})
-
-
-def known_runs(folder: Path) -> list[str]:
-    found = {path.parent for place in ("*/run.json", "*/*/run.json") for path in folder.glob(place)}
-    found |= {path.parents[1] for path in folder.glob("*/*/stage.json")}
-    return sorted(path.relative_to(folder).as_posix() for path in found)
-
-
 def load(name: str, folder: Path) -> Judged:
     """The run of this name in a folder of runs; `reference/nano` is one too.
 
     Raises:
         TTLError: it is not there, or its files are damaged.
     """
-    name, known = name.rstrip("/"), known_runs(folder)
+    name, known = name.rstrip("/"), known_runs(folder, "run.json", "0?_*/stage.json")
     if name not in known:
         near = difflib.get_close_matches(name, known, 3) or known[:10]
         raise TTLError(f"there is no run {name!r} in {folder}; there are: {', '.join(near) or 'none'}")
     place = folder / name
     metrics, about = (_table(place / file) for file in ("metrics.json", "run.json"))
-    size, of, why = _configuration(about.get("parameters") or {}, metrics)
+    for table, file, names in ((metrics, "metrics.json", metrics), (about, "run.json", ("parameters", "stages"))):
+        if wrong := [key for key in names if not isinstance(table.get(key, {}), dict)]:
+            raise _damaged(place / file, f"{', '.join(wrong)} no table of values")
+    size = of = None
+    why = "what made this run is not known before its first stage ends"
+    if about.get("parameters"):
+        size, of, why = paper.configuration(about["parameters"], metrics.get("01_data", {}).get("sources", ()))
     return Judged(name, place, metrics, about, size, of, why)
 
 
@@ -153,33 +144,3 @@ def _table(path: Path) -> dict[str, dict]:
 
 def _damaged(path: Path, what: object) -> DamagedFile:
     return DamagedFile(f"{path} is damaged ({what}): restore it from a copy, or leave this run out")
-
-
-def _configuration(parameters: dict, metrics: dict) -> tuple[str | None, str | None, str]:
-    """The published size whose configuration and data these are, the size they are a variant of, and what differs."""
-    if not parameters:
-        return None, None, "what made this run is not known before its first stage ends"
-    ours = dict(leaves(parameters))
-    differing = {}
-    for size in paper.SIZES:
-        published = published_params(size)
-        theirs = published.flat()
-        keys = [*(key for key in theirs if key.startswith("model.")), *_SAME]
-        if ours.get("pretraining.block_size") == ours.get("model.max_position_embeddings"):
-            ours["pretraining.block_size"] = None
-        found = [key for key in keys if ours.get(key) != theirs[key]]
-        told = [f"{key.partition('.')[2]} {ours.get(key)}, not {theirs[key]}" for key in found[:3]]
-        told += [f"{len(found) - 3} more"] if len(found) > 3 else []
-        try:
-            same = Data.model_validate(parameters.get("data")).identity() == published.data.identity()
-            differing[size] = told + ([] if same else ["other data"])
-        except ValidationError:
-            differing[size] = [*told, "data parameters of another version of this code"]
-    if not all(differing.values()):
-        size = next(size for size in paper.SIZES if not differing[size])
-        if any(source.get("from_mirror") for source in metrics.get("01_data", {}).get("sources", [])):
-            return None, size, f"the {size}'s configuration, but its data came from a local mirror"
-        return size, size, ""
-    of = parameters.get("size") if parameters.get("size") in paper.SIZES else None
-    size = of or min(paper.SIZES, key=lambda size: len(differing[size]))
-    return None, of, f"not the {size}'s configuration: {'; '.join(differing[size])}"

@@ -35,6 +35,11 @@ def label(text: str, *values: str) -> str:
     return text.format(*values) if values else text
 
 
+def translated(text: str, language: str) -> str:
+    """The same for words of a table, in the language given; where there is no Portuguese they stay as they are."""
+    return _portuguese().get(text, text) if language == "pt" else text
+
+
 def label_of_data(text: str) -> str:
     """The same for words of the data, such as 'duplicate 5-grams': their numbers are values."""
     found = re.findall(r"\d[\d,]*", text)

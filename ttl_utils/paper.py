@@ -6,30 +6,29 @@ The figures are CSV files in `published/`; `sources.csv` names the place each fi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from pandas.io.formats.style import Styler
+from pydantic import ValidationError
 
 from ttl_utils.errors import TTLError
+from ttl_utils.params import Params, leaves, load_params
+from ttl_utils.schema import Data
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
 
 SIZES = ("160m", "460m")
 
-# what makes a run one of the paper's two: shape (table 2), budget and rate (table 3)
-CONFIGURATION = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "vocab_size",
-    "max_steps",
-    "tokens_per_step",
-    "learning_rate",
-)
+# what a run of the paper's has in common with our file for that size, beside model and data
+_SAME = [f"pretraining.{name}" for name in ("max_steps", "tokens_per_step", "learning_rate", "lr_scheduler_type")]
+_SAME += [f"pretraining.{name}" for name in ("warmup_steps", "weight_decay", "max_grad_norm", "init_from")]
+_SAME += [f"pretraining.{name}" for name in ("adam_beta1", "adam_beta2", "adam_epsilon", "isolate_documents")]
+_SAME += ["tokenizer.vocab_size", "tokenizer.source", "pretraining.block_size"]
 
 
 @dataclass(frozen=True)
@@ -80,20 +79,66 @@ def conflicts(topic: str | None = None) -> pd.DataFrame:
     return rows[rows["topic"] == topic].reset_index(drop=True)
 
 
-def is_paper_configuration(config: Mapping[str, float | None]) -> str | None:
-    """`160m` or `460m` when shape, steps, tokens per step and learning rate are table 2's and 3's, else None.
+def contradictions(*topics: str) -> pd.DataFrame:
+    """The same for these topics, to be read."""
+    rows = pd.concat([conflicts(topic) for topic in topics], ignore_index=True).drop(columns="metric")
+    heads = {"figure_a": "one figure", "source_a": "where it stands"}
+    return rows.rename(columns=heads | {"figure_b": "another", "source_b": "where that stands"})
 
-    `config` is flat and holds the keys of `CONFIGURATION`; `num_key_value_heads` is checked where given.
+
+@cache
+def params_of(size: str) -> Params:
+    """Our parameter file for a published size."""
+    return load_params({"size": size})
+
+
+def configuration(parameters: dict, sources: Iterable[dict] = ()) -> tuple[str | None, str | None, str]:
+    """The published size whose configuration and data these are, the size they are a variant of, and what differs.
+
+    `parameters` are a run's, resolved; `sources` those of its finished stage 01. Each size is None where there is none.
     """
-    if missing := [key for key in CONFIGURATION if key not in config]:
-        raise TTLError(f"cannot tell whether this is the paper's configuration without {', '.join(missing)}")
-    published = table("table2_architecture").merge(table("table3_training"), on="size").set_index("size")
-    keys = [*CONFIGURATION, *({"num_key_value_heads"} & set(config))]
+    ours = dict(leaves(parameters))
+    if ours.get("pretraining.block_size") == ours.get("model.max_position_embeddings"):
+        ours["pretraining.block_size"] = None
+    differing = {}
     for size in SIZES:
-        row = published.loc[size]
-        if all(config[key] is not None and math.isclose(config[key], row[key]) for key in keys):
-            return size
-    return None
+        published = params_of(size)
+        theirs = published.flat()
+        keys = [*(key for key in theirs if key.startswith("model.")), *_SAME]
+        found = [key for key in keys if ours.get(key) != theirs[key]]
+        told = [f"{key.partition('.')[2]} {ours.get(key)}, not {theirs[key]}" for key in found[:3]]
+        told += [f"{len(found) - 3} more"] if len(found) > 3 else []
+        try:
+            same = Data.model_validate(parameters.get("data")).identity() == published.data.identity()
+            differing[size] = told + ([] if same else ["other data"])
+        except ValidationError:
+            differing[size] = [*told, "data parameters of another version of this code"]
+    if not all(differing.values()):
+        size = next(size for size in SIZES if not differing[size])
+        if any(source.get("from_mirror") for source in sources):
+            return None, size, f"the {size}'s configuration, but its data came from a local mirror"
+        return size, size, ""
+    of = parameters.get("size") if parameters.get("size") in SIZES else None
+    size = of or min(SIZES, key=lambda size: len(differing[size]))
+    return None, of, f"not the {size}'s configuration: {'; '.join(differing[size])}"
+
+
+def grams_of(published: Mapping[str, Figure], of: str = "") -> float:
+    """The g/kWh behind published energy and emissions (of `chat_`)."""
+    return 1000 * published[f"{of}emissions_kg"].value / published[f"{of}energy_kwh"].value
+
+
+def elsewhere(published: float, energy_kwh: float, emissions_kg: float | None, pue: float) -> str:
+    """Why energy or emissions are not the paper's to compare with: another overhead, or another grid; else nothing.
+
+    `published` are the paper's g/kWh; emissions are None where energy alone is compared. Two percent is no other grid.
+    """
+    if pue != 1:
+        return f"another overhead (PUE {pue:g}, the paper's 1)"
+    if emissions_kg is None or not energy_kwh or not math.isfinite(ours := 1000 * emissions_kg / energy_kwh):
+        return ""
+    near = abs(ours / published - 1) <= 0.02
+    return "" if near else f"another grid ({ours:.0f} g/kWh, the paper's {published:.6g})"
 
 
 def compare(
@@ -101,11 +146,13 @@ def compare(
     size: str,
     comparable: bool,
     metrics: Sequence[str] | None = None,
+    pue: float = 1.0,
 ) -> pd.DataFrame:
     """Our values against the paper's, one row per metric (by default those of `ours`, in their order).
 
     Comparable: the difference is in percent of the paper's value, and the verdict is "reproduced" within the
-    metric's tolerance, "close" within three times that, else "differs"; "not run" where ours is None.
+    metric's tolerance, "close" within three times that, else "differs"; "not run" where ours is None. Energy of another
+    overhead (`pue`) and emissions of another grid are "not comparable".
     Not comparable: both published sizes stand beside our value and no difference is drawn.
     """
     sizes = (size,) if comparable else SIZES
@@ -132,7 +179,13 @@ def compare(
             row["verdict"] = "not published"
         else:
             row["difference"], row["verdict"] = judge(float(value), published[size][name])
-        rows.append(row | {"note": _note(name, sizes)})
+            if name in ("energy_kwh", "emissions_kg", "car_km"):
+                spent = ours.get("energy_kwh") or 0.0
+                emitted = None if name == "energy_kwh" else ours.get("emissions_kg")
+                row["elsewhere"] = elsewhere(grams_of(published[size]), spent, emitted, pue)
+            if row.get("elsewhere"):
+                row["verdict"] = "not comparable"
+        rows.append(row | {"note": "; ".join(filter(None, (row.get("elsewhere"), _note(name, sizes))))})
     columns = ["metric", *(["paper"] if comparable else [f"paper {known}" for known in sizes])]
     return pd.DataFrame(rows, columns=[*columns, "ours", "difference", "verdict", "note"])
 
@@ -161,28 +214,10 @@ def _note(metric: str, sizes: Sequence[str]) -> str:
     )
 
 
-def style(df: pd.DataFrame) -> Styler:
-    """The table as a notebook shows it: no index, thousands separators, numbers to the right."""
-    numbers = list(df.select_dtypes("number").columns)
-    words = [column for column in df.columns if column not in numbers]
-    formats = {}
-    for column in numbers:
-        whole = bool((df[column].dropna() % 1 == 0).all())
-        formats[column] = _percent if column == "difference" else partial(_number, whole=whole)
-    styler = df.style.hide(axis="index").format(formats).format(None, subset=words, escape="html", na_rep="–")
-    sides = {column: "right" if column in numbers else "left" for column in df.columns}
-    for column, side in sides.items():
-        styler = styler.set_properties(subset=[column], **{"text-align": side})
-    return styler.set_table_styles({c: [{"selector": "th", "props": f"text-align: {s}"}] for c, s in sides.items()})
+def style(df: pd.DataFrame) -> HTML:
+    """The table as a notebook shows it: as in the reports."""
+    from IPython.display import HTML
 
+    from ttl_utils import table_files
 
-def _number(value: float, whole: bool) -> str:
-    if pd.isna(value):
-        return "–"
-    if whole or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.4g}"
-
-
-def _percent(value: float) -> str:
-    return "–" if pd.isna(value) else f"{value:+.2f}%"
+    return HTML(table_files.html(df.rename(columns={"difference": "difference (%)"})))

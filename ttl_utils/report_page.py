@@ -18,7 +18,7 @@ PRETRAINING = "03_pretraining"
 
 
 def tables(run: Run, metrics: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, str]]:
-    """The report's tables by the name of their files, units in their heads; each with its caption."""
+    """The report's tables by the name of their files, as data; each with its caption."""
     stages, points, kwh = pd.DataFrame(metrics["stages"]), pd.DataFrame(metrics["checkpoints"]), metrics["energy_kwh"]
     first = ["stage", *(["run"] if metrics["of_other_runs_kwh"] else [])]
     cost = [*first, "sessions", "duration_s", *(["shared_s"] if stages.shared_s.any() else []), "mean_watts"]
@@ -28,10 +28,7 @@ def tables(run: Run, metrics: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, s
     logs = stage_totals(paper_rows()).rename(columns={"stage": "run"})
     log = ["run", "duration_s", "energy_kwh", "measured_kwh", "modelled_kwh", "emissions_kg", "mean_watts", "gpu_watts"]
     spent, overhead = run.need(PRETRAINING).metrics()["energy_kwh"], stages[stages.stage == PRETRAINING].pue.iloc[0]
-    forecasts = pd.DataFrame(metrics["forecast"]).rename(
-        columns={"energy_error": "error of the energy (%)", "duration_error": "error of the time (%)"}
-    )
-    same = equivalents.equivalents(metrics["emissions_kg"], kwh).rename(columns={"factor_unit": "unit of the factor"})
+    forecasts, same = pd.DataFrame(metrics["forecast"]), equivalents.equivalents(metrics["emissions_kg"], kwh)
     made = {
         "06_stages": (stages[cost], "Energy and emissions by stage, with their share of the whole"),
         "06_parts": (stages[parts], "Energy by part of the machine, measured or modelled"),
@@ -56,11 +53,7 @@ def tables(run: Run, metrics: dict[str, Any]) -> dict[str, tuple[pd.DataFrame, s
             "Projected: the paper's runs at the shares of an A100's peak that others reached, at the logs' own power",
         ),
     }
-    return {name: (_shown(frame), caption) for name, (frame, caption) in made.items()}
-
-
-def _shown(frame: pd.DataFrame) -> pd.DataFrame:
-    return readable(frame.replace({"diminishing": {True: "here", False: ""}}))
+    return made
 
 
 def text(run: Run, metrics: dict[str, Any], made: dict[str, tuple[pd.DataFrame, str]]) -> str:
@@ -71,17 +64,18 @@ def text(run: Run, metrics: dict[str, Any], made: dict[str, tuple[pd.DataFrame, 
 
     def table(name: str) -> str:
         frame, caption = made[name]
-        return f"{caption}.\n\n{markdown(frame)}"
+        return f"{caption}.\n\n{markdown(readable(frame))}"
 
     parts = [
         note if verdict == "not comparable" else "This run has the paper's configuration.",
         f"**{spent}** and **{quantity(metrics['emissions_kg'], '_kg')}** of CO2 equivalent over "
         f"{quantity(metrics['duration_s'], '_s')} of work, kills and resumes included. Of the energy {share:.0%} is "
-        f"measured, {1 - share:.0%} modelled; pretraining took "
-        f"{metrics['kwh_per_billion_tokens']:.3g} kWh per billion tokens. This report's own energy is not in it.",
+        f"measured, {1 - share:.0%} modelled; pretraining took {metrics['kwh_per_billion_tokens']:.3g} kWh and "
+        f"{metrics['kg_per_billion_tokens']:.3g} kg per billion tokens. This report's own energy is not in it.",
         "## By stage",
         *(table(name) for name in ("06_stages", "06_parts", "06_intensity")),
-        "A session measures the whole machine: of two at the same time the earlier one has the energy. Modelled "
+        "A session measures the whole machine: of two at the same time in this bill the earlier one has the energy. "
+        "A run that shares the machine with one of another bill carries all of it, and so does that other. Modelled "
         "figures are constants, or a load times a constant: they say how long it took rather than what it drew.",
         _figure("06_energy", "Energy by stage"),
         "## The authors' logs through the same code",
@@ -151,13 +145,8 @@ def power_note() -> str:
 
 
 def conflicts(*topics: str) -> str:
-    """Where the published figures contradict each other on these topics, a line each."""
-    rows = pd.concat([paper.conflicts(topic) for topic in topics])
-    lines = [
-        f"- {row.of}: {row.figure_a} ({row.source_a}) against {row.figure_b} ({row.source_b}): {row.note}."
-        for row in rows.rename(columns={"size": "of"}).itertuples()
-    ]
-    return "\n".join(["The published figures contradict each other here:", "", *lines])
+    """Where the published figures contradict each other on these topics."""
+    return f"The published figures contradict each other here:\n\n{markdown(paper.contradictions(*topics))}"
 
 
 def _figure(name: str, words: str) -> str:

@@ -56,6 +56,12 @@ def outputs_folder() -> Path:
     return (project_root() or Path.cwd()) / "outputs"
 
 
+def known_runs(folder: Path, *holding: str) -> list[str]:
+    """Names of the runs in a folder of runs that hold one of these; `reference/nano` is one too."""
+    places = [(mark.count("/"), path) for mark in holding for at in ("*/", "*/*/") for path in folder.glob(at + mark)]
+    return sorted({path.parents[deep].relative_to(folder).as_posix() for deep, path in places})
+
+
 class Run:
     """One folder of outputs, made from one set of parameters."""
 
@@ -276,30 +282,30 @@ class Stage:
 
         Yields the energy tracker, whose ledger is `energy.jsonl` of the run.
         """
-        from ttl_utils.carbon import track
-
         if os.environ.get("RANK", "0") != "0":
             # the first process of a distributed run holds the folder; each machine's first one holds its meter
-            with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
+            with self.measuring() as energy:
                 yield energy
             return
-        for name in self.inputs():
-            stage, group = name.split("/")
-            self.run.need(stage).verify(group)
+        inputs = [(self.run.need(stage), group) for stage, _, group in (name.partition("/") for name in self.inputs())]
         with self._alone():
             state = self.check()
             if state == "finished":
                 raise StageConflict(f"{self.name} of run {self.run.name!r} was finished by another process just now")
+            # before the meter: its session is this folder's; and reading the inputs costs energy too
+            begun = now()
             try:
-                if state == "begun":
-                    print(f"{self.name}: begun {read_json(self.folder / 'stage.json')['started']}, going on")
-                else:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    write_json(
-                        self.folder / "stage.json",
-                        {"identity": self.identity(), "started": now(), "code": code_version()},
-                    )
-                with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:
+                with self.measuring() as energy:
+                    for stage, group in inputs:
+                        stage.verify(group)
+                    if state == "begun":
+                        print(f"{self.name}: begun {read_json(self.folder / 'stage.json')['started']}, going on")
+                    else:
+                        self.folder.mkdir(parents=True, exist_ok=True)
+                        write_json(
+                            self.folder / "stage.json",
+                            {"identity": self.identity(), "started": begun, "code": code_version()},
+                        )
                     yield energy
             except Exception as error:
                 if isinstance(error, TTLError) or not _disk_full(error):
@@ -341,7 +347,7 @@ class Stage:
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[Any]:
-        """Energy of work on a finished stage: reports that are made when they are asked for. Yields the tracker."""
+        """Energy of work on this stage; of a finished one too: reports that are asked for later. Yields the tracker."""
         from ttl_utils.carbon import track
 
         with track(self.run.folder / "energy.jsonl", self.name, self.run.params.carbon) as energy:

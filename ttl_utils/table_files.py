@@ -16,12 +16,14 @@ import pandas as pd
 
 from ttl_utils.errors import TTLError
 from ttl_utils.files import write_text
+from ttl_utils.labels import translated
+from ttl_utils.units import readable
 
 _PORTUGUESE = str.maketrans(",.", ".,")
 _LATEX = str.maketrans(
     {sign: f"\\{sign}" for sign in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "–": r"\textendash{}"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -61,14 +63,17 @@ def latex(frame: pd.DataFrame, caption: str, label: str, language: str = "en") -
 
 def _tex(cell: str) -> str:
     # a minus is no hyphen, and two hyphens are no dash
-    return re.sub(r"^-(?=[\d.])", "$-$", cell.translate(_LATEX)).replace("--", "-{}-")
+    text = re.sub(r"^-(?=[\d.])", "$-$", cell.translate(_LATEX)).replace("--", "-{}-")
+    return re.sub("`([^`]*)`", r"\\texttt{\1}", text).replace("`", r"\textasciigrave{}")
 
 
 def save(folder: Path, name: str, frame: pd.DataFrame, caption: str, language: str = "en") -> None:
-    """Write `<name>.md`, `<name>.tex` and `<name>.csv`; the CSV's numbers are whole and in no language."""
-    write_text(folder / f"{name}.md", f"{caption}\n\n{markdown(frame, language)}\n")
-    write_text(folder / f"{name}.tex", latex(frame, caption, f"tab:{name}", language))
-    write_text(folder / f"{name}.csv", frame.to_csv(index=False))
+    """Write `<name>.md` and `<name>.tex`, units in their heads, and `<name>.csv`, the frame as it is."""
+    # twelve digits: what is left out is rounding
+    write_text(folder / f"{name}.csv", frame.to_csv(index=False, float_format="%.12g"))
+    caption, shown = translated(caption, language), readable(frame)
+    write_text(folder / f"{name}.md", f"{caption}\n\n{markdown(shown, language)}\n")
+    write_text(folder / f"{name}.tex", latex(shown, caption, f"tab:{name}", language))
 
 
 def html_page(title: str, text: str, folder: Path | None = None, language: str = "en") -> str:
@@ -118,7 +123,13 @@ def _cells(frame: pd.DataFrame, language: str) -> list[list[str]]:
         comma = "," if any(abs(value) >= 10_000 for value in found) else ""
         whole = all(value == int(value) for value in found)
         columns.append([_cell(value, comma, whole, language) for value in frame.iloc[:, at]])
-    return [[str(name) for name in frame.columns], *map(list, zip(*columns, strict=True))]
+    return [[_heading(str(name), language) for name in frame.columns], *map(list, zip(*columns, strict=True))]
+
+
+def _heading(name: str, language: str) -> str:
+    # the unit stays
+    words, bracket, unit = name.partition(" (")
+    return translated(name, language) if not bracket else translated(words, language) + bracket + unit
 
 
 def _cell(value: Any, comma: str, whole: bool, language: str) -> str:

@@ -17,6 +17,7 @@ from ttl_utils.files import read_json
 from ttl_utils.health import Finding, findings
 from ttl_utils.params import leaves
 from ttl_utils.records import read_records
+from ttl_utils.run import known_runs
 
 STAGE = "03_pretraining"
 TOKENIZER, TOKENS, CORPUS = "input 02_tokenizer/tokenizer", "input 02_tokenizer/tokens", "input 01_data/corpus"
@@ -127,12 +128,8 @@ def load(name: str, folder: Path) -> Trained:
     return Trained(name, stage, identity, parameters, free, corpus, records, found)
 
 
-def known_runs(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob(f"*/{STAGE}") if path.is_dir())
-
-
 def _stage_folder(name: str, folder: Path) -> Path:
-    known = known_runs(folder)
+    known = known_runs(folder, STAGE)
     if name in known:
         return folder / name / STAGE
     about = folder / name / "run.json"

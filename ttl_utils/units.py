@@ -23,6 +23,7 @@ NAMES = {
     "kwh_per_point": "energy per perplexity point",
     "kwh_per_percent": "energy per 1% of perplexity",
     "kwh_per_billion_tokens": "kWh per billion tokens",
+    "kg_per_billion_tokens": "kg CO2e per billion tokens",
     "emissions_kg": "emissions, CO2e",
     "duration_s": "time",
     "shared_s": "beside another",
@@ -30,9 +31,7 @@ NAMES = {
     "gpu_method": "GPU, how",
     "ram_method": "memory, how",
     "mean_watts": "mean power (W)",
-    "cpu_watts": "CPU (W)",
     "gpu_watts": "GPU (W)",
-    "ram_watts": "memory (W)",
     "intensity_g_per_kwh": "intensity (g/kWh)",
     "intensity_source": "source of the intensity",
     "country_iso_code": "country",
@@ -40,6 +39,9 @@ NAMES = {
     "share_of_energy": "share (%)",
     "share_of_peak": "share of peak (%)",
     "share": "share of the steps (%)",
+    "energy_error": "error of the energy (%)",
+    "duration_error": "error of the time (%)",
+    "factor_unit": "unit of the factor",
     "share_of": "share as in",
     "times_ours": "times ours",
     "gpu": "GPU",
@@ -66,7 +68,7 @@ def quantity(value: float, ending: str) -> str:
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
     """The table with names and units that fit in its heads; columns of one kind share a unit, a rate has its own."""
-    shown, names = frame.copy(), dict(NAMES)
+    shown, names = frame.replace({"diminishing": {True: "here", False: ""}}), dict(NAMES)
     groups = [([name for name in frame if name.endswith(ending) and "_per_" not in name], ending) for ending in UNITS]
     for group, ending in [*groups, *(([name], "_kwh") for name in RATES if name in frame)]:
         if group:

@@ -15,15 +15,18 @@ import pandas as pd
 from ttl_utils import paper, table_files
 from ttl_utils.claims import Claim, claims, items
 from ttl_utils.figures import draw_in
-from ttl_utils.figures_pretraining import TOKENS_PER_STEP
-from ttl_utils.figures_verdict import NAMES
+from ttl_utils.figures_pretraining import TOKENS_PER_STEP, WINDOW
 from ttl_utils.files import write_text
 from ttl_utils.judged import Judged, load
 from ttl_utils.run import outputs_folder
 
 VERDICTS = ("reproduced", "close", "differs", "not comparable", "not run")
+# without a run: what our parameter files set, and what follows from what is published
+PRINTED, CALCULATED = "as printed", "calculated"
 COLUMNS = ("item", "size", "metric", "unit", "paper", "ours", "run", "difference", "verdict", "reason")
 SETTING = "our parameter file"
+# at its ends the published centred mean is over half its window only
+EDGE = WINDOW // 2
 # the headline's metric, the published table, and its column, which is our curve's too
 CURVES = {
     "Figure 1 (a)": ("train_loss", "train_loss_smoothed", "loss"),
@@ -31,12 +34,13 @@ CURVES = {
     "Figure 2": ("harness_arc", "arc_460m", "arc"),
 }
 TOLD = """Of the values that a run has to measure, {} are reproduced, {} close, {} differ, {} are not comparable and {}
-not run. {} settings are in our parameter files as printed."""
+not run. Without a run, {} of {} more are reproduced by calculation (parameters from the shapes, and the authors' logs
+through our ledger), and {} settings are in our parameter files as printed."""
 HOW = """A value of ours is judged only where configuration and data are the paper's (scores also where the authors' own
 weights were evaluated): then it is *reproduced* within its tolerance, *close* within three times that, and else
 *differs*; the reason names the tolerance. Counts have to be exact, and scores are judged in standard errors. What is of
-another text, vocabulary or protocol is shown and not judged. Settings are judged by our parameter files, and counted
-apart: nothing was trained for them."""
+another text, vocabulary, protocol, grid or overhead is shown and not judged. Settings are *as printed* in our parameter
+files, or differ. They and what is calculated are counted apart: nothing was trained for them."""
 
 
 def verdicts(runs: Sequence[str], folder: Path | None = None) -> pd.DataFrame:
@@ -65,7 +69,7 @@ def _judge(runs: list[Judged]) -> pd.DataFrame:
 
 def _values(claim: Claim, runs: list[Judged]) -> list[tuple[Judged, Any]]:
     """The runs that have this value, or that ought to have it."""
-    if claim.setting is not None:
+    if claim.setting is not None or claim.calculated:
         return []
     runs = [run.scored() for run in runs] if claim.item in ("Table 4", "Table 5") else runs
     known = [(run, claim.value_of(run)) for run in runs]
@@ -74,7 +78,9 @@ def _values(claim: Claim, runs: list[Judged]) -> list[tuple[Judged, Any]]:
         parts = [next((part for part in known if part[0].size == size and part[1]), None) for size in paper.SIZES]
         if None in parts:
             return []
-        both = replace(parts[0][0], name=" + ".join(run.name for run, _ in parts))
+        # one that is not to be judged decides
+        part = next((run for run, _ in parts if claim.rule(run)), parts[0][0])
+        both = replace(part, name=" + ".join(run.name for run, _ in parts))
         return [(both, sum(ours for _, ours in parts))]
     about = [(run, ours) for run, ours in known if claim.size in (run.of, "both") or run.of is None]
     return [(run, ours) for run, ours in about if ours is not None or run.size == claim.size]
@@ -83,9 +89,9 @@ def _values(claim: Claim, runs: list[Judged]) -> list[tuple[Judged, Any]]:
 def _rows(claim: Claim, values: list[tuple[Judged, Any]]) -> list[dict]:
     """A row for each run, or the one that says what would make one."""
     rows = []
-    for run, ours in values or [(None, claim.setting)]:
+    for run, ours in values or [(None, claim.calculated[0] if claim.calculated else claim.setting)]:
         verdict, reason, difference = _verdict(claim, run, ours)
-        name = run.name if run else "" if ours is None else f"params/{claim.size}.yaml"
+        name = run.name if run else "" if ours is None or claim.calculated else f"params/{claim.size}.yaml"
         figure = (claim.figure.unit, claim.figure.value)
         told = (claim.item, claim.size, claim.metric, *figure, ours, name, difference, verdict, reason)
         rows.append(dict(zip(COLUMNS, told, strict=True)))
@@ -100,11 +106,13 @@ def _verdict(claim: Claim, run: Judged | None, ours: Any) -> tuple[str, str, flo
         return "not run", reason, math.nan
     if run and (run.size is None or claim.size not in (run.size, "both")):
         return "not comparable", run.why, math.nan
-    if run is None or isinstance(claim.figure.value, str | bool):
+    if claim.setting is not None or isinstance(claim.figure.value, str | bool):
         if ours == claim.figure.value:
-            return "reproduced", "as printed" if run else SETTING, math.nan
-        return "differs", "not as printed", math.nan
+            return ("reproduced", "as printed", math.nan) if run else (PRINTED, SETTING, math.nan)
+        return "differs", claim.told(run) if run else f"not as printed, in {SETTING}", math.nan
     difference, verdict = paper.judge(float(ours), claim.figure)
+    if claim.calculated:
+        return verdict, f"{CALCULATED}, {claim.calculated[1]}: {_reason(claim, ours, verdict)}", difference
     verdict, reason = claim.rule(run) or (verdict, _reason(claim, ours, verdict))
     return verdict, reason, difference
 
@@ -134,7 +142,8 @@ def _sizes(item: str) -> Sequence[str]:
 def _published(item: str, size: str) -> pd.Series:
     _, name, column = CURVES[item]
     table = paper.table(name)
-    return (table[table["size"] == size] if "size" in table else table).set_index("step")[column].astype(float)
+    found = (table[table["size"] == size] if "size" in table else table).set_index("step")[column].astype(float)
+    return found[found.index >= EDGE] if column == "loss" else found
 
 
 def _curve_rows(item: str, size: str, runs: list[Judged]) -> list[dict]:
@@ -170,11 +179,14 @@ def page(runs: Sequence[str], folder: Path | None = None) -> Path:
     judged, place = _load(runs, folder), folder / "verdict"
     table, titles = _judge(judged), items()
     counts = summary(table)
-    told = TOLD.format(*counts.iloc[-1][[*VERDICTS, "settings as printed"]])
+    whole, calculated = counts.iloc[-1], table[_calculated(table)]
+    right = (calculated.verdict == "reproduced").sum()
+    told = TOLD.format(*whole[list(VERDICTS)], right, whole[CALCULATED], whole[PRINTED])
     parts = ["# The paper against ours", told, _markdown(counts), HOW, "## The runs", _runs(judged)]
     table_files.save(place / "tables", "summary", counts, "Values of the paper by verdict")
     for item, rows in table.groupby("item", sort=False):
-        about, name = titles.loc[item], NAMES.get(item, re.sub(r"\W", "_", item.lower()))
+        # figure_1a, table_6, section_4_2
+        about, name = titles.loc[item], re.sub(r"\W", "_", re.sub(r" ?[()]", "", item.lower()))
         parts += [f"## {item}: {about.title}", about.compared]
         if item in CURVES:
             draw_in(place / "figures", name, _drawn(item, judged))
@@ -187,10 +199,10 @@ def page(runs: Sequence[str], folder: Path | None = None) -> Path:
         shown = shown.loc[:, (shown.notna() & (shown != "")).any()]
         table_files.save(place / "tables", name, shown, f"The paper's {item}: {about.title}")
         parts.append(_markdown(shown))
-        conflicts = paper.conflicts()[lambda rows, about=about: rows.topic.isin(about.topics.split(","))]
-        if len(conflicts):
-            parts += ["**Where the paper contradicts itself**: both figures.", _markdown(conflicts[_CONFLICT])]
-    table_files.save(place / "tables", "all", table, "Every value of the paper against ours")
+        if about.topics:
+            conflicts = paper.contradictions(*about.topics.split(","))
+            parts += ["**Where the published material contradicts itself**: both figures.", _markdown(conflicts)]
+    write_text(place / "tables" / "all.csv", table.to_csv(index=False))
     parts += ["## To run what is not run", _commands(table)]
     text = "\n\n".join(parts) + "\n"
     write_text(place / "verdict.md", text)
@@ -201,18 +213,21 @@ def page(runs: Sequence[str], folder: Path | None = None) -> Path:
     return place / "verdict.html"
 
 
-_CONFLICT = ["topic", "size", "figure_a", "source_a", "figure_b", "source_b", "note"]
 _markdown = table_files.markdown
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """How many values have which verdict, by item and in all; settings of our files stand apart."""
-    told = table.verdict.where(table.reason != SETTING, "settings as printed")
+    """How many values have which verdict, by item and in all; what needs no run stands apart."""
+    told = table.verdict.mask(_calculated(table), CALCULATED)
     counts = pd.crosstab(table["item"], told).reindex(items().index).fillna(0).astype(int)
-    counts = counts.reindex(columns=[*VERDICTS, "settings as printed"], fill_value=0)
+    counts = counts.reindex(columns=[*VERDICTS, CALCULATED, PRINTED], fill_value=0)
     counts.loc["all"] = counts.sum()
     counts.insert(0, "about", items().title.reindex(counts.index).fillna(""))
     return counts.rename_axis("item").reset_index()
+
+
+def _calculated(table: pd.DataFrame) -> pd.Series:
+    return table.reason.str.startswith(CALCULATED)
 
 
 def _runs(runs: list[Judged]) -> str:
