@@ -208,6 +208,9 @@ def _chat_results(run: Run) -> tuple[list[tuple], str]:
     text = "Answers of held-out conversations, before and after fine-tuning (loss in nats a token):\n\n"
     rows = [("held-out conversations", f"{run.name}-held-out-conversations", "test", "perplexity", found)]
     text += _table(losses | {"perplexity": found})
+    if "answers_after" not in metrics:
+        # a stage that older code made
+        return rows, text
     answered = f"{len(run.params.chat.prompts)} prompts, {run.params.chat.samples} answers to each"
     return rows, f"{text}\n\nThe form of its answers ({answered}):\n\n{markdown(measures_table(metrics))}"
 
