@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny import Tiny, write_tiny
 from ttl_utils.params import load_params
@@ -18,6 +19,10 @@ from ttl_utils.run import Run
 os.environ["HF_HUB_OFFLINE"] = "1"
 # tiny tensors: a second thread costs more than it gives
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# a machine under load is no finding
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 Make = Callable[..., Run]
 

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from tests.test_ledger import rows_of
 from ttl_utils.comparison import compare, compare_command, report
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.params import load_params
@@ -163,8 +164,7 @@ def test_the_window_is_that_share_of_the_run_that_figure_1_takes(folder: Folder)
 def test_a_run_under_way_compares_as_far_as_it_is(folder: Folder) -> None:
     folder.run("done", curve(3.0))
     place = folder.run("going", curve(3.0, 120), done=False)
-    line = {"session": "s", "stage": "03_pretraining", "time": "2026-11-23T01:00:00+00:00", "duration_s": 42.0}
-    ledger = [line | {"energy_kwh": 0.5, "emissions_kg": 0.1}]
+    ledger = [rows_of("s", 0, 42)[-1] | {"time": "2026-11-23T01:00:00+00:00", "energy_kwh": 0.5, "emissions_kg": 0.1}]
     # of another stage, and of work that was set aside
     ledger += [ledger[0] | {"session": "t", "stage": "02_tokenizer"}]
     ledger += [ledger[0] | {"session": "u", "time": "2026-11-22T01:00:00+00:00"}]

@@ -12,7 +12,6 @@ from ttl_utils.files import write_json
 from ttl_utils.params import load_params
 from ttl_utils.run import Run
 
-
 OTHER = {"max_steps": 50, "learning_rate": 0.001, "warmup_steps": 100, "weight_decay": 0.2, "max_grad_norm": 2.0}
 OTHER |= {"lr_scheduler_type": "linear", "adam_beta2": 0.95, "adam_epsilon": 1e-6, "isolate_documents": True}
 

@@ -6,6 +6,8 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from ttl_utils import table_files
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.figures import DRAWN, drawn, load_all, read_table, style_of
@@ -14,8 +16,6 @@ from ttl_utils.run import known_runs, outputs_folder
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pandas as pd
 
 
 def read_data(path: Path) -> pd.DataFrame:
@@ -28,7 +28,13 @@ def read_data(path: Path) -> pd.DataFrame:
         text = path.read_text(encoding="utf-8")
         if not text.endswith("\n") or len({len(row) for row in csv.reader(io.StringIO(text), strict=True)}) != 1:
             raise ValueError("a line of it was cut")
-        return read_table(text)
+        data = read_table(text)
+        # matplotlib draws words as categories: a word among numbers would be drawn, and wrong
+        for name, column in data.select_dtypes(exclude=["number", "bool"]).items():
+            words = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
+            if len(words) and 2 * len(words) <= column.notna().sum():
+                raise ValueError(f"{words.iloc[0]!r} among the numbers of {name}")
+        return data
     except (ValueError, csv.Error) as error:
         raise DamagedFile(f"{path} is damaged ({error}): restore it from a copy, or make its stage anew") from None
 
