@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from ttl_utils import chat_answers as ca
 from ttl_utils.conversations import prepare_chat_tokenizer
 from ttl_utils.model import new_model
 from ttl_utils.params import load_params
+from ttl_utils.schema import Toxicity
 from ttl_utils.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
@@ -88,12 +91,28 @@ def test_figures_are_counted_by_hand():
     assert [row["fault"] for row in samples] == ["", "not ended", "empty", "empty"]
 
 
+def test_toxic_answers_are_counted_beside_held_out_ones():
+    class Scorer:
+        def scores(self, texts):
+            return [-1.0 if "ruim" in text else 1.0 for text in texts]
+
+    rows = [ROW | {"text": text, "fault": ""} for text in ("Que ruim.", "Que bom.", "Bom dia.", "")]
+    asked = Toxicity(model="owner/scorer", threshold=0.0, max_length=8, batch_size=2)
+    found, samples = ca.figures(rows, ["Que ruim é."], CHAT, seed=0, scorer=Scorer(), toxicity=asked)
+    assert found["toxic"]["value"] == pytest.approx(1 / 3) and found["toxic"]["held_out"] is not None
+    assert [row["toxic"] for row in samples] == [True, False, False, None]
+
+
 def test_tables():
     before, _ = ca.figures([ROW | {"fault": "not ended", "ended": False}], ["Não sei."], CHAT, seed=0)
     after, rows = ca.figures([ROW | {"fault": ""}] * 2, ["Não sei."], CHAT, seed=0)
     table = ca.measures_table({"answers_before": before, "answers_after": after}).set_index("measure")
     assert table.loc["follows the template", ["before", "after"]].tolist() == [0, 1]
     assert table.loc["words", "held-out answers"] == 2 and len(table) == 1 + len(ca.NAMES)
+    assert list(table.columns) == ["before", "after", "95% interval", "held-out answers", "what it means"]
+    metrics = {"answers_before": before, "answers_after": after}
+    told = ca.measures_table(metrics | {"toxicity": {"reason": "no network"}}).set_index("measure")
+    assert told.loc["toxic", "what it means"] == "not run: no network" and math.isnan(told.loc["toxic", "after"])
     shown = ca.side_by_side({"before": [ROW | {"text": "?", "fault": "not ended"}], "after": rows})
     assert shown.to_dict("records") == [
         {"prompt": "Olá", "before": "?", "before: fault": "not ended", "after": "Oi.", "after: fault": ""}

@@ -669,18 +669,17 @@ def test_samples_are_chosen_by_rule():
 
 @pytest.fixture
 def evaluated(tiny_prepared, no_energy, tokenizer):
-    """`make(stage, **generation)`: a run whose stages 03, 04 and 05 stand as far as the report reads them."""
+    """`make(**generation)`: a run whose stages 03 and 04 stand as far as the report reads them."""
     from ttl_utils.checkpoints import save_model_folder
 
     def make(**generation):
         settings = chosen(samples=1, max_new_tokens=8).model_dump() | generation
         run = tiny_prepared(evaluation={"generation": settings})
-        for name, kind in (("03_pretraining", None), ("04_evaluation", None), ("05_chat", CHAT)):
+        for name in ("03_pretraining", "04_evaluation"):
             stage = run.stage(name)
             if stage.finished:
                 continue
             words = load_tokenizer(run.need("02_tokenizer").folder)
-            words = ch.prepare_chat_tokenizer(words, kind) if kind else words
             outputs = {}
             if name != "04_evaluation":
                 model = made(run.params.model, words)
@@ -743,18 +742,6 @@ def test_it_is_measured_anew_when_settings_or_weights_change(evaluated, count):
     model.save_pretrained(run.folder / "03_pretraining" / "model")
     again = gen.generation_report(run)
     assert len(count) == 3 and again["key"]["texts"]["weights"] != longer["key"]["texts"]["weights"]
-
-
-def test_the_chat_model_has_a_report_of_its_own(evaluated, count):
-    run = evaluated()
-    base, chat = gen.generation_report(run), gen.generation_report(run, "05_chat")
-    assert len(count) == 2 and chat["key"]["texts"]["chat"] and not base["key"]["texts"]["chat"]
-    assert [row["text"] for row in base["samples"]] != [row["text"] for row in chat["samples"]]
-    assert run.stage("05_chat").metrics()["generation"] == chat["figures"] | {"toxicity": chat["toxicity"]}
-    weights = run.folder / "05_chat" / "model" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(DamagedFile, match="model.safetensors is damaged"):
-        gen.generation_report(run, "05_chat")
 
 
 def test_a_classifier_that_cannot_be_had_is_not_run_and_asked_for_again(evaluated, count, tmp_path, classifier):

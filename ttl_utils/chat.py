@@ -25,6 +25,7 @@ from ttl_utils.conversations import (
 from ttl_utils.document_attention import documents_apart
 from ttl_utils.errors import ParameterError
 from ttl_utils.files import write_json
+from ttl_utils.generation import classifier
 from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import Hardware, choose_hardware
 from ttl_utils.records import read_records
@@ -210,8 +211,13 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
         metrics |= {key: getattr(hardware, key) for key in ("device", "precision", "attention")}
         metrics |= {"base": {"name": base.name, "origin": base.origin, "revision": base.revision}}
         human = [tokenizer.decode(ids, skip_special_tokens=True) for one in held_out for ids in answer_ids(one)]
+        asked = run.params.evaluation.generation
+        scorer, why = classifier(asked)
+        scored = {"status": "done", "threshold": asked.toxicity.threshold} if scorer else {"status": "not run"}
+        metrics["toxicity"] = scored | ({"reason": why} if why else {})
         for side, rows in sides.items():
-            metrics[f"answers_{side}"], sides[side] = figures(rows, human, settings, seed)
+            found = figures(rows, human, settings, seed, scorer, asked and asked.toxicity)
+            metrics[f"answers_{side}"], sides[side] = found
         energy.sample(write=True)
         # of all sessions; what is asked of the finished stage later is not the fine-tuning's
         spent = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from ttl_utils.generation import MEASURES, interval, measured
+from ttl_utils.generation import MEASURES, generation_table, interval, measured
 from ttl_utils.sampling import generate
-from ttl_utils.schema import Chat
+from ttl_utils.schema import Chat, Toxicity
 from ttl_utils.text_measures import passages, words_of
+from ttl_utils.toxicity import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FOLLOWS = "follows_template"
-NAMES = ("words", "ended", "repetition", "distinct_1", "distinct_2")
-MEANINGS = MEASURES | {
+NAMES = ("words", "ended", "repetition", "distinct_1", "distinct_2", "toxic", "toxicity_score")
+MEANINGS = {
     FOLLOWS: ("follows the template", "share of answers with words, closed by the model, without a control token"),
-}
+} | {name: MEASURES[name] for name in NAMES}
 
 
 def answers(
@@ -43,13 +44,21 @@ def _fault(row: dict, settings: Chat) -> str:
     return "" if row["ended"] else "not ended"
 
 
-def figures(rows: list[dict], human: list[str], settings: Chat, seed: int) -> tuple[dict[str, dict], list[dict]]:
+def figures(
+    rows: list[dict],
+    human: list[str],
+    settings: Chat,
+    seed: int,
+    scorer: Scorer | None = None,
+    toxicity: Toxicity | None = None,
+) -> tuple[dict[str, dict], list[dict]]:
     """Figures by name (value, low, high, held_out), faults counted among them, and the rows with what was measured.
 
-    `human`: held-out answers, of which passages as long as ours are measured beside them.
+    `human`: held-out answers, of which passages as long as ours are measured beside them. `scorer`: the classifier of
+    `toxicity`, or None: they are not scored.
     """
     beside = passages(human, [len(words_of(row["text"])) for row in rows])
-    report = measured(rows, beside, settings.sampling(), seed, chat=True)
+    report = measured(rows, beside, settings.sampling(toxicity), seed, chat=True, scorer=scorer)
     found = {name: report["figures"][name] for name in NAMES}
     found["words"]["held_out"] = float(np.mean([len(text.split()) for text in human]))
     groups: dict[str, list[bool]] = {}
@@ -77,12 +86,11 @@ def side_by_side(found: dict[str, list[dict]]) -> pd.DataFrame:
 
 def measures_table(metrics: dict) -> pd.DataFrame:
     """A row for each figure: before, after (with its 95% interval), held-out answers, what it means."""
-    before, after = metrics["answers_before"], metrics["answers_after"]
-    rows = []
-    for name in (FOLLOWS, *NAMES):
-        one, low = after[name], after[name]["low"]
-        ends = "" if low is None else f"{low:.3g} to {one['high']:.3g}"
-        title, meaning = MEANINGS[name]
-        rows.append((title, before[name]["value"], one["value"], ends, one["held_out"], meaning))
-    columns = ["measure", "before", "after", "95% interval", "held-out answers", "what it means"]
-    return pd.DataFrame(rows, columns=columns).astype({"before": float, "after": float, "held-out answers": float})
+    sides = {}
+    for side in ("before", "after"):
+        found = metrics[f"answers_{side}"]
+        kept = {name: found[name] for name in MEANINGS if name in found}
+        sides[side] = generation_table({"figures": kept, "toxicity": metrics.get("toxicity", {})}, MEANINGS)
+    table = sides["after"].rename(columns={"value": "after", "held-out text": "held-out answers"})
+    table.insert(1, "before", sides["before"].value)
+    return table

@@ -1,14 +1,13 @@
 """What the paper only warns of, measured (section 5): repetition, verbosity, toxicity, translated code (footnote 12).
 
-On fixed prompts, for the base model and the chat model. Every figure has its 95% interval over the prompts, and human
-text of the same length beside it where it has some of the same: alone, a share of repeated words says nothing.
+On fixed prompts; a chat model's answers: see `chat_answers`. Every figure has its 95% interval over the prompts, and
+human text of the same length beside it where it has some of the same: alone, a share of repeated words says nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,11 +23,7 @@ from ttl_utils.sampling import generate
 from ttl_utils.schema import Generation
 from ttl_utils.subject import load_model, subject_of
 from ttl_utils.text_measures import distinct_counts, longest_loop, passages, repeated_share, words_of
-from ttl_utils.tokenizer import load_tokenizer
 from ttl_utils.tokenizer_comparison import held_out
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # figure -> (its name in the table, what it means)
 MEASURES = {
@@ -53,11 +48,11 @@ HUMAN = ("repetition", "loop", "distinct_1", "distinct_2", "distinct_3", "toxic"
 GENERATED = ("prompt", "kind", "text", "tokens", "ended", "seed", "cut")
 
 
-def generation_report(run: Run, stage_name: str = "04_evaluation") -> dict:
-    """All of it, for the subject of stage 04 or the chat model of stage 05; {} where `evaluation.generation` is null.
+def generation_report(run: Run) -> dict:
+    """All of it, for the subject of stage 04; {} where `evaluation.generation` is null.
 
-    Kept in `<stage>/reports/generation.json` and read from there the next time. Texts are sampled again only where
-    what they hang on changes. A classifier that could not be had is asked for again at each call.
+    Kept in `04_evaluation/reports/generation.json` and read from there the next time. Texts are sampled again only
+    where what they hang on changes. A classifier that could not be had is asked for again at each call.
 
     Returns:
         key, hardware, figures (by name: value, low, high, held_out; the metrics hold these), toxicity (status, reason)
@@ -69,48 +64,38 @@ def generation_report(run: Run, stage_name: str = "04_evaluation") -> dict:
     settings = run.params.evaluation.generation
     if settings is None:
         return {}
-    stage, corpus = run.need(stage_name), run.need("01_data")
-    folder, tokenizer, weights, chat = _model(run, stage)
+    stage, corpus = run.need("04_evaluation"), run.need("01_data")
+    subject = subject_of(run)
     options = settings.model_dump()
     asked = options.pop("toxicity")
-    texts_key = {"weights": weights, "chat": chat, "seed": run.params.seed, **options}
+    texts_key = {"weights": subject.weights + subject.beside_weights, "seed": run.params.seed, **options}
     key = {"texts": texts_key, "toxicity": asked, "held_out": corpus.manifest()["outputs"]["corpus"]["fingerprint"]}
     path = stage.folder / "reports" / "generation.json"
     known = read_json(path) if path.is_file() else {"key": {}}
     # before the work: a wrong parameter is named at once
     same = known["key"] == key
     done = same and known["toxicity"]["status"] == "done"
-    scorer, reason = (None, "") if done else _classifier(settings)
+    scorer, reason = (None, "") if done else classifier(settings)
     if done or (same and scorer is None):
         return known
     with stage.measuring():
         if known["key"].get("texts") == texts_key:
             rows, hardware = known["samples"], known["hardware"]
         else:
-            chosen = choose_hardware(run.params.chat if chat else run.params.pretraining)
+            chosen = choose_hardware(run.params.pretraining)
             hardware = f"{chosen.device}, {chosen.precision}"
-            model = load_model(folder, chosen)
+            model = load_model(subject.folder, chosen)
             prompts = list(dict.fromkeys(settings.prompts + settings.code_prompts))
-            rows = generate(model, tokenizer, prompts, settings, run.params.seed, chat)
+            rows = generate(model, subject.tokenizer, prompts, settings, run.params.seed)
             del model
         lengths = [len(words_of(row["text"])) for row in rows if row["kind"] == "text"]
         human = passages(_held_out(corpus, len(lengths), run.params.seed), lengths)
-        result = {"key": key, "hardware": hardware, **measured(rows, human, settings, run.params.seed, chat, scorer)}
+        result = {"key": key, "hardware": hardware, **measured(rows, human, settings, run.params.seed, scorer=scorer)}
     result["toxicity"] |= {"reason": reason} if reason else {}
     # the report last: where it stands, the metrics hold its figures
     stage.add_metrics(generation=result["figures"] | {"toxicity": result["toxicity"]})
     write_json(path, result)
     return result
-
-
-def _model(run: Run, stage: Stage) -> tuple[Path, PreTrainedTokenizerBase, str, bool]:
-    """Folder, tokenizer, weights' hash, and whether it answers a user's turn."""
-    if stage.name == "05_chat":
-        stage.verify("model")
-        folder = stage.folder / "model"
-        return folder, load_tokenizer(folder), stage.manifest()["outputs"]["model"]["fingerprint"], True
-    subject = subject_of(run)
-    return subject.folder, subject.tokenizer, subject.weights + subject.beside_weights, False
 
 
 def _held_out(corpus: Stage, texts: int, seed: int) -> list[str]:
@@ -119,9 +104,9 @@ def _held_out(corpus: Stage, texts: int, seed: int) -> list[str]:
     return [found[place] for place in np.random.default_rng(seed).permutation(len(found))]
 
 
-def _classifier(settings: Generation) -> tuple[toxicity.Scorer | None, str]:
+def classifier(settings: Generation | None) -> tuple[toxicity.Scorer | None, str]:
     """The classifier, or why there is none."""
-    if settings.toxicity is None:
+    if settings is None or settings.toxicity is None:
         return None, "evaluation.generation.toxicity is null: no classifier is named"
     try:
         return toxicity.load(settings.toxicity), ""
@@ -201,11 +186,11 @@ def interval(parts: np.ndarray, seed: int) -> dict[str, float | None]:
     return {"value": found["value"], **{end: found[f"value_{end}"] if spread else None for end in ("low", "high")}}
 
 
-def generation_table(report: dict) -> pd.DataFrame:
+def generation_table(report: dict, measures: dict[str, tuple[str, str]] = MEASURES) -> pd.DataFrame:
     """A row for each figure: measure, value, 95% interval, held-out text's value, what it means."""
     rows = []
     for name, found in report.get("figures", {}).items():
-        title, meaning = MEASURES[name]
+        title, meaning = measures[name]
         if found["value"] is None and name.startswith("toxic") and "reason" in report["toxicity"]:
             meaning = f"not run: {report['toxicity']['reason']}"
         ends = "" if found["low"] is None else f"{found['low']:.3g} to {found['high']:.3g}"

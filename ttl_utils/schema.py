@@ -451,9 +451,9 @@ class Chat(Optimisation):
             raise ValueError(f"user_open and user_close are both {self.user_open!r}: give two different marks")
         return self
 
-    def sampling(self) -> Generation:
-        """How answers are drawn."""
-        return Generation(code_prompts=[], toxicity=None, **self.model_dump(include=set(Generation.model_fields)))
+    def sampling(self, toxicity: Toxicity | None = None) -> Generation:
+        """How answers are drawn, and whether they are scored."""
+        return Generation(code_prompts=[], toxicity=toxicity, **self.model_dump(include=set(Generation.model_fields)))
 
 
 class Carbon(Section):
