@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -773,6 +774,25 @@ def test_a_moved_outputs_folder_goes_on(outputs, tmp_path, monkeypatch):
 
 
 # the report
+
+
+def test_reading_the_inputs_is_measured_and_the_session_is_the_new_folders(monkeypatch):
+    run, told, clock = a_run(), [], iter(range(100))
+    make_to(run, "01_data")
+    verify = Stage.verify
+
+    @contextlib.contextmanager
+    def track(*_):
+        told.append("meter")
+        yield
+        told.append("end")
+
+    monkeypatch.setattr("ttl_utils.carbon.track", track)
+    monkeypatch.setattr(Stage, "verify", lambda *given: told.append(given[1]) or verify(*given))
+    monkeypatch.setattr(module, "now", lambda: told.append("now") or f"2026-01-01T00:00:{next(clock):02}+00:00")
+    with run.stage("02_tokenizer").work():
+        assert told == ["now", "meter", "corpus"]
+    assert run.stage("02_tokenizer").begun() == "2026-01-01T00:00:00+00:00" and told[-1] == "end"
 
 
 def log_energy(run: Run, stage: str, kwh: float) -> None:
