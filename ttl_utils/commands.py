@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     verdict = plain("verdict", judged, "every table and figure of the paper against these runs, on one page")
     verdict.add_argument("runs", nargs="*", metavar="RUN", help="a run of the outputs; reference/nano is one too")
     redrawn = later("ttl_utils.redraw", "redraw_command", "run", "language", "width")
-    figures = plain("figures", redrawn, "draw a run's figures anew from their saved data, for a paper")
+    figures = plain("figures", redrawn, "draw a run's figures and tables anew from their saved data, for a paper")
     figures.add_argument("run", metavar="RUN", help="a run's name, as `ttl status` lists it")
     figures.add_argument("--language", choices=("en", "pt"), default="en", help="of the labels; pt: decimal comma")
     figures.add_argument("--width", choices=("column", "page"), default="column", help="8.6 cm or 17.8 cm")
