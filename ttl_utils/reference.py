@@ -132,7 +132,8 @@ def shown_text(notebook: Path) -> str:
     for cell in nbformat.read(notebook, as_version=4).cells:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            parts.append(output.get("text", data.get("text/html", data.get("text/plain", ""))))
+            kinds = [kind for kind in ("text/html", "text/markdown", "text/plain") if kind in data]
+            parts.append(output.get("text", data[kinds[0]] if kinds else ""))
     return html.unescape(re.sub(r"<style.*?</style>|<[^>]*>", " ", "\n".join(parts), flags=re.DOTALL))
 
 
