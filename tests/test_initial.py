@@ -17,8 +17,9 @@ from ttl_utils import checkpoints as cp
 from ttl_utils import hub
 from ttl_utils.errors import ParameterError, SourceError, TTLError
 from ttl_utils.files import read_json, sha256, write_json
-from ttl_utils.initial import fingerprint, lineage, starting_point
+from ttl_utils.initial import lineage, starting_point
 from ttl_utils.model import new_model
+from ttl_utils.named_models import INITIAL, fingerprint
 from ttl_utils.pretraining import pretrain
 from ttl_utils.step import make_optimizer
 from ttl_utils.tokenizer import load_tokenizer
@@ -81,7 +82,7 @@ def edit(path: Path, **changes: object) -> None:
 def test_without_init_from_the_weights_are_random(tiny_prepared, tokenizer):
     run = tiny_prepared()
     start = starting_point(run, tokenizer, "sdpa")
-    assert (start.checkpoint, start.origin, fingerprint(run.params)) == (None, None, None)
+    assert (start.checkpoint, start.origin, fingerprint(run.params, INITIAL)) == (None, None, None)
     assert same(start.model, new_model(run.params.model, tokenizer, run.params.seed, "sdpa"))
     other = starting_point(tiny_prepared(pretraining={"seed": 8}), tokenizer, "sdpa")
     assert same(other.model, new_model(run.params.model, tokenizer, 8, "sdpa"))
@@ -287,33 +288,33 @@ def test_a_run_under_way_goes_on_from_its_own(begin, tokenizer, tiny_prepared):
 
 
 def test_the_identity_is_the_weights_and_the_schedule(begin, made, tmp_path):
-    found = fingerprint(begin().params)
+    found = fingerprint(begin().params, INITIAL)
     assert found == {"schedule": "new", "weights": {cp.WEIGHTS: sha256(begin.checkpoint / cp.WEIGHTS)}}
-    assert fingerprint(begin(begin.model).params) == found
-    assert fingerprint(begin(schedule="same").params) == found | {"schedule": "same"}
+    assert fingerprint(begin(begin.model).params, INITIAL) == found
+    assert fingerprint(begin(schedule="same").params, INITIAL) == found | {"schedule": "same"}
     data = bytearray((begin.model / cp.WEIGHTS).read_bytes())
     data[-1] ^= 1
     (begin.model / cp.WEIGHTS).write_bytes(data)
     os.utime(begin.model / cp.WEIGHTS, ns=(1, 1))
-    assert fingerprint(begin(begin.model).params) != found
+    assert fingerprint(begin(begin.model).params, INITIAL) != found
 
 
 def test_weights_are_hashed_once(begin, monkeypatch):
     params = begin().params
-    wanted = fingerprint(params)
+    wanted = fingerprint(params, INITIAL)
     monkeypatch.setattr(hub, "sha256", lambda path: pytest.fail("hashed again"))
-    assert fingerprint(params) == wanted
+    assert fingerprint(params, INITIAL) == wanted
 
 
 def test_what_cannot_be_had_any_more_is_what_was_recorded(begin):
-    recorded = fingerprint(begin().params)
+    recorded = fingerprint(begin().params, INITIAL)
     shutil.rmtree(begin.checkpoint)
-    assert fingerprint(begin().params, recorded) == recorded
+    assert fingerprint(begin().params, INITIAL, recorded) == recorded
     hub.local_model.cache_clear()
-    assert fingerprint(begin().params, recorded) == recorded
+    assert fingerprint(begin().params, INITIAL, recorded) == recorded
     for schedule, known in (("same", recorded), ("new", None)):
         with pytest.raises(SourceError, match="there is no such folder"):
-            fingerprint(begin(schedule=schedule).params, known)
+            fingerprint(begin(schedule=schedule).params, INITIAL, known)
 
 
 # the hub
@@ -349,7 +350,7 @@ def test_a_hub_model_at_a_revision(begin, made, published, tokenizer):
     run = begin("alguem/modelo", init_revision="v1")
     start = starting_point(run, tokenizer, "sdpa")
     assert same(start.model, made.model) and start.origin["commit"] == "c0ffee"
-    assert fingerprint(run.params)["weights"] == {cp.WEIGHTS: sha256(begin.model / cp.WEIGHTS)}
+    assert fingerprint(run.params, INITIAL)["weights"] == {cp.WEIGHTS: sha256(begin.model / cp.WEIGHTS)}
     # asked once
     assert published.asked == [("alguem/modelo", "v1", False)]
 

@@ -215,7 +215,7 @@ def test_inputs_are_identity_by_their_bytes():
 
 def test_a_model_that_is_named_takes_the_place_of_the_runs_own(monkeypatch):
     weights = {"weights": "a"}
-    monkeypatch.setattr("ttl_utils.subject.fingerprint", lambda params, recorded, key: {key: weights})
+    monkeypatch.setattr("ttl_utils.run.fingerprint", lambda params, key, recorded: {key: weights})
     other = a_run(evaluation={"model": "somebody/model"}).stage("04_evaluation")
     assert other.inputs() == ("01_data/corpus", "01_data/downstream")
     assert other.identity()["evaluated weights"] == {"evaluation.model": weights}

@@ -24,9 +24,10 @@ from ttl_utils.encoding import plain_ids
 from ttl_utils.errors import MissingStage, ParameterError, SourceError, TTLError
 from ttl_utils.files import read_json, sha256, write_json
 from ttl_utils.model import Hardware, new_model
+from ttl_utils.named_models import EVALUATED, fingerprint
 from ttl_utils.packing import framed
 from ttl_utils.perplexity import perplexity
-from ttl_utils.subject import blocks_of, fingerprint, load_model, same_tokens, subject_of
+from ttl_utils.subject import blocks_of, load_model, same_tokens, subject_of
 from ttl_utils.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
@@ -120,7 +121,7 @@ def test_without_a_name_it_is_the_runs_own(judge, there):
     assert (found.name, found.origin, found.revision, found.context) == ("tiny", "this run", None, 64)
     assert found.folder == run.folder / "03_pretraining" / "model" and found.weights == weights_of(there.model)
     assert found.tokenizer("a")["input_ids"] == load_tokenizer(there.model)("a")["input_ids"]
-    assert fingerprint(run.params) is None
+    assert fingerprint(run.params, EVALUATED) is None
 
 
 def test_a_run_under_way_is_its_newest_whole_checkpoint(judge, there, capsys):
@@ -150,7 +151,7 @@ def test_a_folder_is_evaluated(judge, there, kind):
     assert (found.name, found.origin, found.revision, found.folder) == (str(folder), "folder", None, folder)
     assert found.context == (32 if kind == "foreign" else 64)
     assert found.weights == weights_of(folder)
-    known = fingerprint(run.params)
+    known = fingerprint(run.params, EVALUATED)
     assert known == {
         "weights": {cp.WEIGHTS: sha256(folder / cp.WEIGHTS)},
         "beside_weights": found.beside_weights,
@@ -159,7 +160,7 @@ def test_a_folder_is_evaluated(judge, there, kind):
     other = folder.with_name(f"other {kind}")
     shutil.copytree(folder, other)
     (other / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b" ")
-    changed = fingerprint(judge(other).params)
+    changed = fingerprint(judge(other).params, EVALUATED)
     assert changed["weights"] == known["weights"] and changed["beside_weights"] != known["beside_weights"]
     model = load_model(found.folder, CPU)
     assert not model.training and model(torch.tensor([[5, 6]])).logits.shape[:2] == (1, 2)
@@ -167,27 +168,27 @@ def test_a_folder_is_evaluated(judge, there, kind):
 
 def test_the_same_weights_are_the_same_wherever_they_stand(judge, there):
     assert subject_of(judge(there.model)).weights == subject_of(judge(there.checkpoint)).weights
-    assert fingerprint(judge(there.model).params) == fingerprint(judge(there.checkpoint).params)
+    assert fingerprint(judge(there.model).params, EVALUATED) == fingerprint(judge(there.checkpoint).params, EVALUATED)
 
 
 def test_a_changed_byte_is_another_model(judge, there):
-    before = subject_of(judge(there.model)).weights, fingerprint(judge(there.model).params)
+    before = subject_of(judge(there.model)).weights, fingerprint(judge(there.model).params, EVALUATED)
     data = bytearray((there.model / cp.WEIGHTS).read_bytes())
     data[-1] ^= 1
     (there.model / cp.WEIGHTS).write_bytes(data)
     os.utime(there.model / cp.WEIGHTS, ns=(1, 1))
-    after = subject_of(judge(there.model)).weights, fingerprint(judge(there.model).params)
+    after = subject_of(judge(there.model)).weights, fingerprint(judge(there.model).params, EVALUATED)
     assert before[0] != after[0] and before[1] != after[1]
 
 
 def test_what_cannot_be_had_any_more_is_what_was_recorded(judge, there):
     params = judge(there.model).params
-    recorded = fingerprint(params)
+    recorded = fingerprint(params, EVALUATED)
     shutil.rmtree(there.model)
     hub.local_model.cache_clear()
-    assert fingerprint(params, recorded) == recorded
+    assert fingerprint(params, EVALUATED, recorded) == recorded
     with pytest.raises(SourceError, match="evaluation.model: model .* there is no such folder"):
-        fingerprint(params)
+        fingerprint(params, EVALUATED)
 
 
 def test_a_mirror_stands_in_for_the_hub(judge, there, monkeypatch, tmp_path):

@@ -28,6 +28,7 @@ from ttl_utils.files import write_json
 from ttl_utils.generation import classifier
 from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import Hardware, choose_hardware
+from ttl_utils.named_models import CHAT_BASE
 from ttl_utils.records import read_records
 from ttl_utils.restore import restore
 from ttl_utils.run import Run, Stage
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-KEY = "chat.base_model"
-
 
 def base_of(run: Run) -> tuple[Subject, int]:
     """The model to begin from (`chat.base_model`, or stage 03's), whose tokenizer gets the template; the pieces it had.
@@ -50,7 +49,7 @@ def base_of(run: Run) -> tuple[Subject, int]:
     Raises:
         TTLError: stage 03 is missing, or the model cannot be had or cannot serve.
     """
-    base = subject_of(run, key=KEY)
+    base = subject_of(run, key=CHAT_BASE)
     check_context(base, run.params.model.max_position_embeddings, "model.max_position_embeddings, chat's rows")
     known = len(base.tokenizer)
     prepare_chat_tokenizer(base.tokenizer, run.params.chat)
@@ -170,8 +169,8 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
         model = load_model(base.folder, hardware, torch.float32)
         if model.config.model_type != "llama":
             raise ParameterError(
-                f"{KEY} {base.name!r} is a {model.config.model_type}: name a Llama, in which conversations in a row "
-                "are known to stay apart"
+                f"{CHAT_BASE} {base.name!r} is a {model.config.model_type}: name a Llama, in which conversations in a "
+                "row are known to stay apart"
             )
         grow_embeddings(model, known, len(tokenizer))
         pad, status = tokenizer.pad_token_id, stage.folder / "status.json"

@@ -17,10 +17,10 @@ from typing import Any
 from ttl_utils import checkpoints
 from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.files import read_json, write_json
+from ttl_utils.named_models import beside_weights
 from ttl_utils.progress import Progress
 from ttl_utils.provenance import code_version, machine, now, versions
 from ttl_utils.score_cache import ScoreCache
-from ttl_utils.subject import beside_weights
 from ttl_utils.task_files import Opened, Wanted, open_task, score
 
 NOISY = ("lm_eval", "datasets", "huggingface_hub", "transformers", "httpx", "httpx2")

@@ -12,14 +12,13 @@ from ttl_utils.checkpoints import OPTIMIZER, RANDOM
 from ttl_utils.errors import DamagedFile, ParameterError, SourceError, reason
 from ttl_utils.files import read_json
 from ttl_utils.model import llama_config, new_model
-from ttl_utils.params import Params
+from ttl_utils.named_models import INITIAL
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
     from ttl_utils.run import Run
 
-KEY = "pretraining.init_from"
 # of a configuration: what must be the same for weights to mean the same
 SHAPE = (
     "hidden_size",
@@ -50,26 +49,6 @@ class Start:
     origin: dict | None = None
 
 
-def fingerprint(params: Params, recorded: dict | None = None) -> dict | None:
-    """What `init_from` adds to the stage's identity: the weights themselves, not the place they came from.
-
-    `recorded` is what it was when the work began: it stands where the source cannot be had any more.
-
-    Raises:
-        SourceError: the source cannot be had, or holds no safetensors weights.
-    """
-    settings = params.pretraining
-    if settings.init_from is None:
-        return None
-    try:
-        hashes = hub.weight_hashes(hub.local_model(settings.init_from, settings.init_revision, KEY), KEY)
-    except SourceError:
-        if recorded and recorded["schedule"] == settings.init_schedule:
-            return recorded
-        raise
-    return {"schedule": settings.init_schedule, "weights": hashes}
-
-
 def lineage(run: Run) -> dict:
     """What a checkpoint says of how it was trained, for a run that goes on from it: schedule, and training data."""
     settings, tokens = run.params.pretraining, run.need("02_tokenizer").manifest()["outputs"]["tokens"]
@@ -92,8 +71,8 @@ def starting_point(run: Run, tokenizer: PreTrainedTokenizerBase, attention: str)
     own = checkpoints.list_checkpoints(run.stage("03_pretraining").folder / "checkpoints")
     if settings.init_from is None or (own and settings.resume_from_checkpoint != 0):
         return Start(new_model(model, tokenizer, run.params.pretraining_seed, attention), origin=_recorded(own))
-    folder = hub.local_model(settings.init_from, settings.init_revision, KEY)
-    weights, place = hub.weight_files(folder, KEY), f"{KEY} {settings.init_from!r}"
+    folder = hub.local_model(settings.init_from, settings.init_revision, INITIAL)
+    weights, place = hub.weight_files(folder, INITIAL), f"{INITIAL} {settings.init_from!r}"
     _check_fits(folder, place, run, tokenizer)
     origin = {"init_from": settings.init_from, "init_schedule": settings.init_schedule}
     origin |= {"commit": hub.commit_of(folder), "step": 0}

@@ -6,16 +6,13 @@ import json
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ttl_utils import paper
 from ttl_utils.errors import DamagedFile
-
-if TYPE_CHECKING:
-    from ttl_utils.run import Run
 
 PARTS = ("cpu", "gpu", "ram")
 _METHODS = [f"{part}_method" for part in PARTS]
@@ -142,22 +139,6 @@ def stage_totals(ledger: Path | Iterable[dict], by: Sequence[str] = ("stage",)) 
     for name in _TEXTS:
         totals[name] = stages[name].agg(lambda values: ", ".join(dict.fromkeys(filter(None, values))))
     return totals.reset_index()[names]
-
-
-def run_rows(run: Run) -> dict[str, list[dict]]:
-    """Rows by the run that spent the energy: this one, and those whose finished stages it uses; the report's not."""
-    from ttl_utils.run import STAGES
-
-    own = read_ledger(run.folder / "energy.jsonl")
-    found = {run.name: [row for row in own if not STAGES.get(row["stage"], STAGES["01_data"]).report]}
-    # a report is left out by its name: to ask whether it is a base's would ask for these rows
-    for stage in (run.stage(name) for name, definition in STAGES.items() if not definition.report):
-        if stage.from_base:
-            ledger = stage.folder.parent / "energy.jsonl"
-            # the number: a search of stage 03 has a name of its own
-            rows = [row for row in read_ledger(ledger) if row["stage"][:2] == stage.name[:2]]
-            found.setdefault(ledger.parent.name, []).extend(rows)
-    return found
 
 
 def paper_rows() -> list[dict]:

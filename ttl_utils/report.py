@@ -16,7 +16,7 @@ from ttl_utils.errors import DamagedFile, TTLError
 from ttl_utils.figures import draw
 from ttl_utils.files import read_json, write_text
 from ttl_utils.forecast import SHARES, after_the_point, forecast, paper_returns, returns, watts_until
-from ttl_utils.ledger import read_ledger, rows_since, run_rows, sessions, stage_totals
+from ttl_utils.ledger import read_ledger, rows_since, sessions, stage_totals
 from ttl_utils.records import read_records
 from ttl_utils.run import STAGES, Run, Stage
 from ttl_utils.table_files import html_page, save
@@ -33,7 +33,7 @@ def bill(run: Run) -> pd.DataFrame:
     Raises:
         TTLError: the ledger holds nothing, or nothing of pretraining.
     """
-    ledgers = run_rows(run)
+    ledgers = run.ledger_rows()
     # all at once: a moment of a machine counts once, whichever run measured it
     ledger = [{**row, "run": name} for name, own in ledgers.items() for row in own]
     rows = stage_totals(ledger, ("stage", "run"))

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, StageConflict, TTLError
 from ttl_utils.files import read_json, sha256, write_json
+from ttl_utils.named_models import CHAT_BASE, INITIAL, NAMES, fingerprint, named
 from ttl_utils.params import Params, project_root
 from ttl_utils.provenance import code_version, machine, now, versions
 
@@ -44,9 +44,6 @@ STAGES = {
     "05_chat": Definition(("chat",), ("01_data/chat", "03_pretraining/model")),
     "06_carbon_report": Definition(("carbon",), ("03_pretraining/curve",), report=True),
 }
-
-# a section's parameter that names a model in the place of the run's own, and what its hash is called in the identity
-NAMED = {"evaluation": ("evaluation.model", "evaluated weights"), "chat": ("chat.base_model", "base weights")}
 
 
 def outputs_folder() -> Path:
@@ -99,6 +96,22 @@ class Run:
         command = size if file == f"params/{size}.yaml" else file
         command += "" if self.name == size else f" --run {self.name}"
         return command + (f" --base {base}" if base and base != self.name else "")
+
+    def ledger_rows(self) -> dict[str, list[dict]]:
+        """Rows by the run that spent the energy: this one, and those whose stages it uses; a report's own are not."""
+        # here: a command that asks for no report need not wait for pandas
+        from ttl_utils.ledger import read_ledger
+
+        own = read_ledger(self.folder / "energy.jsonl")
+        found = {self.name: [row for row in own if not STAGES.get(row["stage"], STAGES["01_data"]).report]}
+        # a report is left out by its name: to ask whether it is a base's would ask for these rows
+        for stage in (self.stage(name) for name, definition in STAGES.items() if not definition.report):
+            if stage.from_base:
+                ledger = stage.folder.parent / "energy.jsonl"
+                # the number: a search of stage 03 has a name of its own
+                rows = [row for row in read_ledger(ledger) if row["stage"][:2] == stage.name[:2]]
+                found.setdefault(ledger.parent.name, []).extend(rows)
+        return found
 
     def gather_metrics(self) -> dict:
         """`metrics.json` of the run: every finished stage's figures under its name."""
@@ -173,27 +186,21 @@ class Stage:
             identity[f"input {name}"] = source.manifest()["outputs"][group]["fingerprint"] if source.finished else None
         if self.definition.report:
             identity["input energy"] = self.run_ledger_fingerprint()
-        if "pretraining" in self.definition.sections and params.pretraining.init_from:
-            from ttl_utils.initial import fingerprint
-
-            identity["initial weights"] = fingerprint(params, self._recorded().get("initial weights"))
-        for key, name in self._named_models():
-            from ttl_utils.subject import fingerprint as weights_of
-
-            identity[name] = weights_of(params, self._recorded().get(name), key)
+        for key in self._named_models():
+            identity[NAMES[key]] = fingerprint(params, key, self._recorded().get(NAMES[key]))
             # stage 03's model would have decided it
-            identity |= {"context": params.model.max_position_embeddings} if key == "chat.base_model" else {}
+            identity |= {"context": params.model.max_position_embeddings} if key == CHAT_BASE else {}
         return json.loads(json.dumps(identity))
 
     def inputs(self) -> tuple[str, ...]:
         """Outputs of earlier stages; a model that the parameters name takes the place of the run's own."""
-        own = ("02_tokenizer/tokens", "03_pretraining/model")
-        return tuple(name for name in self.definition.inputs if not (self._named_models() and name in own))
+        replaced = {"02_tokenizer/tokens", "03_pretraining/model"} if set(self._named_models()) - {INITIAL} else set()
+        return tuple(name for name in self.definition.inputs if name not in replaced)
 
-    def _named_models(self) -> list[tuple[str, str]]:
-        """Key and identity's name of a model that this stage takes in the place of stage 03's."""
-        known = [NAMED[section] for section in self.definition.sections if section in NAMED]
-        return [(key, name) for key, name in known if attrgetter(key)(self.run.params) is not None]
+    def _named_models(self) -> list[str]:
+        """Keys of this stage's sections that name a model."""
+        known = [key for key in NAMES if key.partition(".")[0] in self.definition.sections]
+        return [key for key in known if named(self.run.params, key)[0] is not None]
 
     def _recorded(self) -> dict:
         """The identity with which the work in this folder began; {} where it has not."""
@@ -202,9 +209,7 @@ class Stage:
 
     def run_ledger_fingerprint(self) -> str:
         """Of what the ledgers hold for the report: all but its own energy."""
-        from ttl_utils.ledger import run_rows
-
-        rows = sorted(json.dumps(row) for rows in run_rows(self.run).values() for row in rows)
+        rows = sorted(json.dumps(row) for rows in self.run.ledger_rows().values() for row in rows)
         return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
     def check(self) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +17,8 @@ from ttl_utils.corpus import documents
 from ttl_utils.encoding import plain_ids
 from ttl_utils.errors import DamagedFile, MissingStage, ParameterError, SourceError, TTLError, reason
 from ttl_utils.files import read_json, sha256, write_json
+from ttl_utils.named_models import EVALUATED, beside_weights, folder_hashes, named
 from ttl_utils.packing import PLAIN_CHARACTERS, batches
-from ttl_utils.params import Params
 from ttl_utils.progress import Progress
 from ttl_utils.run import Run
 from ttl_utils.tokenizer import load_tokenizer
@@ -30,13 +29,11 @@ if TYPE_CHECKING:
 
     from ttl_utils.model import Hardware
 
-KEY = "evaluation.model"
 # one of these holds the pieces, in the forms that transformers reads
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece*.model")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json")
 # in a tokenizer that was told no limit
 NO_LIMIT = 10**6
-BESIDE_WEIGHTS = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -57,44 +54,19 @@ class Subject:
     context: int
 
 
-def _named(params: Params, key: str) -> tuple[str | None, str | None]:
-    """The model and its revision."""
-    return attrgetter(key, f"{key}_revision")(params)
-
-
-def subject_of(run: Run, under_way: bool = False, key: str = KEY) -> Subject:
+def subject_of(run: Run, under_way: bool = False, key: str = EVALUATED) -> Subject:
     """What the key names, or what stage 03 made; its newest whole checkpoint where that is `under_way`.
 
     Raises:
         MissingStage: stage 03 is not finished, or has no whole checkpoint yet.
         SourceError: the model cannot be had, is damaged, is no causal language model, or lacks its tokenizer.
     """
-    name, revision = _named(run.params, key)
+    name, revision = named(run.params, key)
     if name is None:
         return _own(run, under_way)
     folder = hub.local_model(name, revision, key)
     origin = "folder" if Path(name).expanduser().is_dir() else "hub"
     return _opened(name, folder, origin, f"{key} {name!r}")
-
-
-def fingerprint(params: Params, recorded: dict | None = None, key: str = KEY) -> dict | None:
-    """What the named model adds to the stage's identity: the model itself, not the place it came from.
-
-    `recorded` is what it was when the work began: it stands where the source cannot be had any more.
-
-    Raises:
-        SourceError: the source cannot be had, or holds no safetensors weights.
-    """
-    name, revision = _named(params, key)
-    if name is None:
-        return None
-    try:
-        folder = hub.local_model(name, revision, key)
-        return {"weights": hub.weight_hashes(folder, key), "beside_weights": beside_weights(_hashes(folder))}
-    except SourceError:
-        if recorded:
-            return recorded
-        raise
 
 
 def load_model(folder: Path, hardware: Hardware, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -167,17 +139,8 @@ def _opened(name: str, folder: Path, origin: Any, place: str) -> Subject:
             f"{place} does not say how many tokens it reads at once: give its tokenizer_config.json a model_max_length"
         )
     return Subject(
-        name, folder, weights, beside_weights(_hashes(folder)), hub.commit_of(folder), origin, tokenizer, context
+        name, folder, weights, beside_weights(folder_hashes(folder)), hub.commit_of(folder), origin, tokenizer, context
     )
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for name in BESIDE_WEIGHTS if (path := folder / name).is_file()}
-
-
-def beside_weights(hashes: dict[str, str]) -> str:
-    """Of a model folder's files by name: one hash of those that decide its scores beside the weights."""
-    return hashlib.sha256("".join(hashes.get(name, "") for name in BESIDE_WEIGHTS).encode()).hexdigest()
 
 
 def _check_whole(folder: Path, weights: list[Path], place: str) -> None:
