@@ -74,7 +74,9 @@ def published(name, size):
 
 def test_the_reference_run_is_healthy():
     with REFERENCE.open(encoding="utf-8") as file:
-        rows = [{key: float(value) if value else None for key, value in row.items()} for row in csv.DictReader(file)]
+        saved = list(csv.DictReader(file))
+    assert {row.pop("run") for row in saved} == {"nano"}
+    rows = [{key: float(value) if value else None for key, value in row.items()} for row in saved]
     assert len(rows) > 50
     assert findings(rows, vocab_size=VOCAB, warmup_steps=50) == findings(rows) == []
 

@@ -270,7 +270,7 @@ def test_what_a_base_put_aside_is_marked_too(tiny_prepared, tiny):
     ]
     write(base.folder, [row for *span, stage in spent for row in rows_of(*span, stage=stage)])
     run = Run(load_params({"file": tiny.file, "run": "variant", "base": base.name}))
-    write(run.folder, rows_of("d", after + 200, 30) + rows_of("e", after - 900, 7, stage="01_data"))
+    write(run.folder, rows_of("d", after + 1e6, 30) + rows_of("e", after - 900, 7, stage="01_data"))
     rows = report.bill(run).set_index(["stage", "run"])
     assert rows.set_aside_kwh["01_data", base.name] == pytest.approx(60 * 100 / 3.6e6)
     assert rows.set_aside_kwh.sum() == pytest.approx(60 * 100 / 3.6e6)
