@@ -31,7 +31,7 @@ def rows_of(text: str) -> list[list[str]]:
 def test_markdown_is_readable_and_aligned():
     head, sides, first, second = rows_of(table_files.markdown(TABLE))
     assert head == list(TABLE.columns)
-    assert sides == ["---", "---:", "---:", "---:", "---:"]
+    assert sides == [":---", "---:", "---:", "---:", "---:"]
     assert first == ["a_b & 5% of x\\|y", "1235", "162,417,408", "2019", "–"]
     assert second == ["\\<s> \\*two\\*", "0.000123", "512", "2024", "2.50"]
 
@@ -53,7 +53,7 @@ def test_a_column_of_whole_numbers_with_a_gap_has_no_decimals():
 
 def test_text_beside_numbers_stands_to_the_left():
     frame = pd.DataFrame({"value": [1, "cosine"], "flag": [True, False]})
-    assert rows_of(table_files.markdown(frame))[1:] == [["---", "---"], ["1", "True"], ["cosine", "False"]]
+    assert rows_of(table_files.markdown(frame))[1:] == [[":---", ":---"], ["1", "True"], ["cosine", "False"]]
 
 
 def test_html_escapes_and_aligns():

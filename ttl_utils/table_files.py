@@ -38,9 +38,10 @@ blockquote { border-left: 3px solid #bbb; margin-left: 0; padding-left: 1rem; co
 
 
 def markdown(frame: pd.DataFrame, language: str = "en") -> str:
-    """The table in Markdown, numbers to the right; a missing value is a dash."""
+    """The table in Markdown, numbers to the right, text to the left; a missing value is a dash."""
     head, *rows = [[re.sub(r"([\\|*<])", r"\\\1", cell) for cell in row] for row in _cells(frame, language)]
-    sides = ["---:" if right else "---" for right in _right(frame)]
+    # said of text too: a notebook's own style puts every cell to the right
+    sides = ["---:" if right else ":---" for right in _right(frame)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, sides, *rows))
 
 

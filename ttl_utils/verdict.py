@@ -208,7 +208,7 @@ def page(runs: Sequence[str], folder: Path | None = None) -> Path:
     write_text(place / "verdict.md", text)
     html = table_files.html_page("The paper against ours", text, place)
     for verdict, colour in (("reproduced", "#00795a"), ("close", "#8a6100"), ("differs", "#b3261e")):
-        html = html.replace(f"<td>{verdict}</td>", f'<td><b style="color:{colour}">{verdict}</b></td>')
+        html = html.replace(f">{verdict}</td>", f'><b style="color:{colour}">{verdict}</b></td>')
     write_text(place / "verdict.html", html)
     return place / "verdict.html"
 
