@@ -116,10 +116,13 @@ def control(page: Any, box: Any, value: str) -> None:
     """Type a number into one of the controls, which are opened first."""
     if not box.is_visible():
         page.get_by_text(PT["controls.label"], exact=True).click()
-    box.fill(value)
-    box.press("Tab")
-    # the component tells the page of it a moment later
-    page.wait_for_timeout(300)
+    for _ in range(5):
+        box.fill(value)
+        box.press("Tab")
+        # the component tells the page of it a moment later, and texts that still come at the start may undo it
+        page.wait_for_timeout(700)
+        if box.input_value() == value:
+            break
 
 
 def answers(page: Any) -> list[str]:
