@@ -18,6 +18,7 @@ import pytest
 from ttl_utils import carbon as cb
 from ttl_utils import costs, equivalents, paper
 from ttl_utils.errors import TTLError
+from ttl_utils.ledger import read_ledger, stage_energy, stage_totals
 
 GERMANY = SimpleNamespace(country_iso_code="DEU", carbon_intensity_g_per_kwh=None, pue=1.0, measure_power_s=0.1)
 
@@ -62,17 +63,17 @@ def test_two_sessions_add_up_and_rows_are_cumulative(ledger):
     with cb.track(ledger, "03_pretraining", GERMANY) as second:
         second.mark(step=np.int64(7))
         time.sleep(0.25)
-    rows = cb.read_ledger(ledger)
+    rows = read_ledger(ledger)
     mine = [each for each in rows if each["session"] == rows[0]["session"]]
     assert len(mine) >= 4 and [each["final"] for each in mine].count(True) == 1 and mine[-1]["final"]
     kwh = [each["energy_kwh"] for each in mine]
     assert kwh == sorted(kwh) and kwh[-1] == first.energy_kwh > 0
     assert rows[-1]["step"] == 7 and "step" not in mine[-1]
-    energy_kwh, emissions_kg, duration_s = cb.stage_energy(ledger, "03_pretraining")
+    energy_kwh, emissions_kg, duration_s = stage_energy(ledger, "03_pretraining")
     assert energy_kwh == pytest.approx(first.energy_kwh + second.energy_kwh, rel=1e-12)
     assert emissions_kg == pytest.approx(first.emissions_kg + second.emissions_kg, rel=1e-12)
     assert duration_s == pytest.approx(first.duration_s + second.duration_s) and 0.7 <= duration_s < 5
-    assert cb.stage_energy(ledger, "05_chat") == (0.0, 0.0, 0.0)
+    assert stage_energy(ledger, "05_chat") == (0.0, 0.0, 0.0)
 
 
 def test_sampling_often_counts_no_time_twice(ledger):
@@ -83,7 +84,7 @@ def test_sampling_often_counts_no_time_twice(ledger):
             time.sleep(1.1)
             for _ in range(20):
                 assert session.sample() > before
-        last = cb.read_ledger(ledger)[-1]
+        last = read_ledger(ledger)[-1]
         # memory: a constant number of watts
         watts.append(last["ram_kwh"] * 3.6e6 / last["duration_s"])
     assert watts[1] == pytest.approx(watts[0], rel=0.2) and watts[0] > 0
@@ -99,28 +100,28 @@ def test_a_killed_session_counts_up_to_its_last_sample(ledger):
     root = str(Path(cb.__file__).parents[1])
     child = subprocess.Popen([sys.executable, "-c", code, str(ledger)], env={**os.environ, "PYTHONPATH": root})
     deadline = time.monotonic() + 60
-    while len(cb.read_ledger(ledger)) < 3 and time.monotonic() < deadline:
+    while len(read_ledger(ledger)) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     child.kill()
     child.wait()
-    killed = cb.read_ledger(ledger)
+    killed = read_ledger(ledger)
     assert len(killed) >= 3 and not killed[-1]["final"] and killed[-1]["energy_kwh"] > 0
     with cb.track(ledger, "03_pretraining", GERMANY) as session:
         time.sleep(0.1)
-    energy_kwh = cb.stage_energy(ledger, "03_pretraining")[0]
+    energy_kwh = stage_energy(ledger, "03_pretraining")[0]
     assert energy_kwh == pytest.approx(killed[-1]["energy_kwh"] + session.energy_kwh, rel=1e-12)
-    assert cb.stage_totals(ledger).loc[0, "sessions"] == 2
+    assert stage_totals(ledger).loc[0, "sessions"] == 2
 
 
 def test_a_torn_last_line_harms_neither_reader_nor_next_session(ledger):
     write(ledger, row("a", "01_data", 1, 0, 1))
     with ledger.open("a") as file:
         file.write('{"session": "a", "stage": "01_da')
-    assert cb.stage_energy(ledger, "01_data")[0] == 2
+    assert stage_energy(ledger, "01_data")[0] == 2
     with cb.track(ledger, "01_data", GERMANY) as session:
         pass
-    assert cb.stage_energy(ledger, "01_data")[0] == pytest.approx(2 + session.energy_kwh, rel=1e-15)
-    assert len(cb.read_ledger(ledger)) == 3  # the whole row, the first and the final of the new session
+    assert stage_energy(ledger, "01_data")[0] == pytest.approx(2 + session.energy_kwh, rel=1e-15)
+    assert len(read_ledger(ledger)) == 3  # the whole row, the first and the final of the new session
 
 
 def test_intensity_is_the_country_s_unless_it_is_forced(ledger):
@@ -128,10 +129,10 @@ def test_intensity_is_the_country_s_unless_it_is_forced(ledger):
         with cb.track(ledger, "01_data", germany(carbon_intensity_g_per_kwh=grams)) as session:
             time.sleep(0.1)
         assert session.emissions_kg == pytest.approx(session.energy_kwh * expected / 1000, rel=1e-9)
-        last = cb.read_ledger(ledger)[-1]
+        last = read_ledger(ledger)[-1]
         assert last["country_iso_code"] == "DEU" and last["intensity_g_per_kwh"] == expected
         source = "the paper's logs" if grams else "CodeCarbon .*, national mix of 20"
-        assert re.match(source, last["intensity_source"]) and cb.read_ledger(ledger)[0]["machine"]
+        assert re.match(source, last["intensity_source"]) and read_ledger(ledger)[0]["machine"]
     # Quebec, codecarbon's own fallback, is near 3.6 g
     assert 200 < cb.country_intensity("DEU") < 600 and 50 < cb.country_intensity("BRA") < 200
 
@@ -146,7 +147,7 @@ def test_settings_of_the_user_s_codecarbon_do_not_change_the_figures(ledger, tmp
             monkeypatch.setenv(f"CODECARBON_{key}".upper(), value)
         with cb.track(ledger, "01_data", GERMANY) as session:
             time.sleep(0.3)
-        last = cb.read_ledger(ledger)[-1]
+        last = read_ledger(ledger)[-1]
         watts.append(last["ram_kwh"] / last["duration_s"])
         assert last["country_iso_code"] == "DEU"
     assert session.emissions_kg == pytest.approx(session.energy_kwh * cb.country_intensity("DEU") / 1000)
@@ -159,7 +160,7 @@ def test_pue_multiplies_the_energy(ledger):
     for pue in (1.0, 2.0):
         with cb.track(ledger, "01_data", germany(pue=pue)):
             time.sleep(0.3)
-        last = cb.read_ledger(ledger)[-1]
+        last = read_ledger(ledger)[-1]
         watts.append(last["ram_kwh"] / last["duration_s"])
     assert watts[1] == pytest.approx(2 * watts[0], rel=0.1)
 
@@ -215,7 +216,7 @@ def test_only_a_machine_s_first_rank_records(ledger, monkeypatch):
 def test_an_error_in_the_block_still_writes_the_last_row(ledger):
     with pytest.raises(KeyError), cb.track(ledger, "01_data", GERMANY):
         raise KeyError("x")
-    assert cb.read_ledger(ledger)[-1]["final"]
+    assert read_ledger(ledger)[-1]["final"]
 
 
 def test_totals_per_stage(ledger):
@@ -226,7 +227,7 @@ def test_totals_per_stage(ledger):
         row("c", "05_chat", 1, 0, 1, gpu_method="none"),
         row("b", "03_pretraining", 1, 2, 1, seconds=3600, grams=200),
     )
-    totals = cb.stage_totals(ledger).set_index("stage")
+    totals = stage_totals(ledger).set_index("stage")
     assert list(totals.index) == ["03_pretraining", "05_chat"]
     pretraining = totals.loc["03_pretraining"]
     assert pretraining["sessions"] == 2 and pretraining["energy_kwh"] == 20
@@ -234,13 +235,13 @@ def test_totals_per_stage(ledger):
     assert pretraining["mean_watts"] == pytest.approx(10_000)
     assert pretraining["intensity_g_per_kwh"] == pytest.approx((16 * 400 + 4 * 200) / 20)
     assert totals.loc["05_chat", "measured_kwh"] == 0 and totals.loc["05_chat", "modelled_kwh"] == 2
-    assert cb.stage_totals(ledger.with_name("none.jsonl")).columns.equals(cb.stage_totals(ledger).columns)
+    assert stage_totals(ledger.with_name("none.jsonl")).columns.equals(stage_totals(ledger).columns)
 
 
 def test_measured_and_modelled_make_the_energy_of_this_machine(ledger):
     with cb.track(ledger, "01_data", GERMANY):
         time.sleep(0.2)
-    total = cb.stage_totals(ledger).loc[0]
+    total = stage_totals(ledger).loc[0]
     assert total["energy_kwh"] > 0
     assert total["measured_kwh"] + total["modelled_kwh"] == pytest.approx(total["energy_kwh"], rel=1e-9)
     assert total["cpu_kwh"] + total["gpu_kwh"] + total["ram_kwh"] == pytest.approx(total["energy_kwh"])
@@ -316,5 +317,5 @@ def test_what_if_names_its_sources():
 def test_what_was_spent_on_a_folder_that_was_moved_aside_is_in_the_bill_and_not_in_the_new_stage(ledger):
     before = row("a", "03_pretraining", 1, 0, 1, time="2026-01-01T10:00:00+00:00")
     write(ledger, before, row("b", "03_pretraining", 2, 0, 1, time="2026-01-01T11:00:00+00:00"))
-    assert cb.stage_energy(ledger, "03_pretraining", "2026-01-01T10:30:00+00:00")[0] == 3
-    assert cb.stage_totals(ledger).energy_kwh.sum() == 5
+    assert stage_energy(ledger, "03_pretraining", "2026-01-01T10:30:00+00:00")[0] == 3
+    assert stage_totals(ledger).energy_kwh.sum() == 5

@@ -27,6 +27,7 @@ from tests.driver import Driver
 from ttl_utils import carbon, checkpoints, distributed
 from ttl_utils.errors import TTLError
 from ttl_utils.files import sha256
+from ttl_utils.ledger import stage_energy, stage_totals
 from ttl_utils.model import Hardware
 from ttl_utils.params import bundled
 from ttl_utils.records import read_records
@@ -361,8 +362,8 @@ def test_machines_spend_energy_each_and_the_time_once(tmp_path):
         {**row, "session": "c", "duration_s": 10.0},
     ]
     ledger.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert carbon.stage_energy(ledger, "03_pretraining") == (3.0, 1.5, 110.0)
-    totals = carbon.stage_totals(ledger).iloc[0]
+    assert stage_energy(ledger, "03_pretraining") == (3.0, 1.5, 110.0)
+    totals = stage_totals(ledger).iloc[0]
     assert (totals.energy_kwh, totals.duration_s) == (3.0, 110.0)
     assert totals.mean_watts == pytest.approx(3.0 * 3.6e6 / 110)
 

@@ -108,7 +108,7 @@ def test_what_is_portuguese_alone_is_off(run: Run) -> None:
 
 
 def test_the_country_is_spain(run: Run) -> None:
-    from ttl_utils.carbon import stage_totals
+    from ttl_utils.ledger import stage_totals
 
     # CodeCarbon's figure for Spain, and not the paper's 365.477 for Germany
     grams = stage_totals(run.folder / "energy.jsonl").intensity_g_per_kwh

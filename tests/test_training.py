@@ -524,7 +524,9 @@ def test_energy_is_that_of_all_sessions(tiny_prepared, monkeypatch):
     session.energy_kwh, session.emissions_kg, session.duration_s = 0.5, 0.2, 30.0
     monkeypatch.setattr(carbon, "track", lambda *_, **__: contextlib.nullcontext(session))
     asked, spent = [], [(1.0, 0.4, 60.0), (1.75, 0.7, 95.0)]
-    monkeypatch.setattr(carbon, "stage_energy", lambda *place: asked.append(place) or spent[len(asked) - 1])
+    monkeypatch.setattr(
+        "ttl_utils.pretraining.stage_energy", lambda *place: asked.append(place) or spent[len(asked) - 1]
+    )
     run = tiny_prepared(pretraining={"max_steps": 2})
     stage = pretrain(run)
     metrics = stage.metrics()

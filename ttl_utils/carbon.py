@@ -24,9 +24,6 @@ from codecarbon.output_methods.base_output import BaseOutput
 
 from ttl_utils.errors import TTLError
 from ttl_utils.ledger import PARTS
-from ttl_utils.ledger import read_ledger as read_ledger
-from ttl_utils.ledger import stage_energy as stage_energy
-from ttl_utils.ledger import stage_totals as stage_totals
 
 # g/kWh: the German average behind the final rows of the paper's own CodeCarbon logs, the same in both
 PAPER_INTENSITY = 365.477

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ttl_utils import carbon
 from ttl_utils.chat_answers import answers, figures
 from ttl_utils.checkpoints import save_model_folder
 from ttl_utils.conversations import (
@@ -26,6 +25,7 @@ from ttl_utils.document_attention import documents_apart
 from ttl_utils.errors import ParameterError
 from ttl_utils.files import write_json
 from ttl_utils.generation import classifier
+from ttl_utils.ledger import stage_energy
 from ttl_utils.loss import IGNORED, summed_loss
 from ttl_utils.model import Hardware, choose_hardware
 from ttl_utils.named_models import CHAT_BASE
@@ -157,7 +157,7 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
     context = run.params.model.max_position_embeddings
     if settings.copy_to:
         restore(settings.copy_to, stage.folder, run.name, stage.identity())
-    earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
+    earlier = stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
     with stage.work() as energy:
         hardware = _hardware(settings)
         print(hardware)
@@ -219,7 +219,7 @@ def fine_tune_chat(run: Run, on_record: Callable[[list[dict]], None] | None = No
             metrics[f"answers_{side}"], sides[side] = found
         energy.sample(write=True)
         # of all sessions; what is asked of the finished stage later is not the fine-tuning's
-        spent = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
+        spent = stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
         metrics |= dict(zip(("energy_kwh", "emissions_kg", "duration_s"), spent, strict=True))
         write_json(stage.folder / "answers.json", sides)
         outputs = {

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ttl_utils import carbon, devices
+from ttl_utils import devices
 from ttl_utils.blocks import TokenBlocks, step_indices
 from ttl_utils.checkpoints import save_model_folder
 from ttl_utils.errors import TTLError
 from ttl_utils.files import write_text
 from ttl_utils.health import findings
 from ttl_utils.initial import lineage, starting_point
+from ttl_utils.ledger import stage_energy
 from ttl_utils.model import choose_hardware, count_parameters, flops_per_token
 from ttl_utils.perplexity import perplexity
 from ttl_utils.records import read_records
@@ -106,7 +107,7 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
     if settings.copy_to and main:
         restore(settings.copy_to, stage.folder, run.name, stage.identity())
     # the sessions before this one: a run that was killed has spent energy too
-    earlier = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
+    earlier = stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
     with stage.work() as energy:
         print(hardware)
         tokenizer = load_tokenizer(tokens.folder)
@@ -165,7 +166,7 @@ def pretrain(run: Run, on_record: Callable[[list[dict]], None] | None = None) ->
         if main:
             energy.sample(write=True)
             # of all sessions and machines; another machine's last row is an interval old at most
-            spent = carbon.stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
+            spent = stage_energy(run.folder / "energy.jsonl", stage.name, stage.begun())
             outputs = {
                 "model": save_model_folder(model, tokenizer, stage.folder / "model"),
                 "curve": [stage.folder / "metrics.jsonl"],

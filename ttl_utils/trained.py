@@ -88,7 +88,7 @@ class Trained:
             metrics = _read(self.stage / "metrics.json")
             return found | {name: metrics.get(name) for name in ("tokens_per_second", "energy_kwh", "duration_s")}
         if until is None:
-            from ttl_utils.carbon import stage_energy
+            from ttl_utils.ledger import stage_energy
 
             begun = _read(self.stage / "stage.json")["started"]
             found["duration_s"] = stage_energy(self.stage.parent / "energy.jsonl", STAGE, begun)[2] or None

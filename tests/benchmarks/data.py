@@ -24,6 +24,7 @@ from ttl_utils import blocks, carbon
 from ttl_utils.blocks import TokenBlocks, step_indices
 from ttl_utils.health import Health
 from ttl_utils.lean import make_lean
+from ttl_utils.ledger import stage_energy
 from ttl_utils.loss import Learner
 from ttl_utils.model import new_model
 from ttl_utils.pretraining import block_steps
@@ -161,7 +162,7 @@ def resume(folder: Path) -> None:
             f"order of {PAPER_BLOCKS:,} blocks": order,
             "metrics.jsonl read and written": lambda _, curve=curve, step=step: Records(curve, step, None),
             "health of its records": lambda _, kept=kept: health(kept),
-            "energy ledger": lambda _, ledger=ledger: carbon.stage_energy(ledger, "03_pretraining"),
+            "energy ledger": lambda _, ledger=ledger: stage_energy(ledger, "03_pretraining"),
         }
         found[step] = {name: seconds_of(work, 5) for name, work in works.items()}
         found[step]["all"] = sum(found[step].values())
